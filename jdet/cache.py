@@ -1,0 +1,59 @@
+"""The contiguous KV cache: a plain pytree, donated to each step."""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+
+class CacheShape(Protocol):
+    """What of a model's config decides the shape of its cache."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer; slot s of a row holds the token at position s."""
+
+    k: tuple[Float[Array, "B Hkv S D"], ...]
+    v: tuple[Float[Array, "B Hkv S D"], ...]
+
+    @property
+    def length(self) -> int:
+        """Slots a row."""
+        return self.k[0].shape[2]
+
+
+def create_cache(
+    config: CacheShape, batch_size: int, length: int, dtype: DTypeLike, fill: float = 0.0
+) -> KVCache:
+    """A cache of `length` slots a row, every element `fill` (NaN to poison unused slots)."""
+    shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
+
+    def side() -> tuple[Array, ...]:
+        return tuple(jnp.full(shape, fill, dtype) for _ in range(config.num_hidden_layers))
+
+    return KVCache(k=side(), v=side())
+
+
+def write(
+    cache: Float[Array, "B Hkv S D"],
+    new: Float[Array, "B T Hkv D"],
+    start: Int32[Array, " B"],
+) -> Float[Array, "B Hkv S D"]:
+    """Put row b's T new entries at the slots start[b], start[b] + 1, ...; start + T <= S."""
+
+    def row(
+        slots: Float[Array, "Hkv S D"], entries: Float[Array, "T Hkv D"], at: Int32[Array, ""]
+    ) -> Float[Array, "Hkv S D"]:
+        return lax.dynamic_update_slice_in_dim(slots, entries.transpose(1, 0, 2), at, 1)
+
+    return jax.vmap(row)(cache, new, start)

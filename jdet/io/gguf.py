@@ -1,0 +1,226 @@
+"""Models from GGUF files: configuration, lazily dequantised weights, tokenizer."""
+
+import mmap
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from jdet.io.errors import CheckpointError
+from jdet.io.gguf_header import GGUFHeader, TensorInfo, read_header
+from jdet.io.tokenizer import Tokenizer
+
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,5})\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
+
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Values converted at a time: small enough that the float32 stage stays in cache.
+_CHUNK = 1 << 18
+
+
+class GGUFTensor:
+    """A tensor of a mapped GGUF file.
+
+    Args:
+        data: The mapped file.
+        info: The tensor's place in it.
+        rotary_heads: For a query or key projection of architecture ``llama``, its number
+            of heads: such files store the rows of a head with the two halves of each
+            rotated pair interleaved, and ``read`` puts them back. 0 otherwise.
+    """
+
+    def __init__(self, data: mmap.mmap, info: TensorInfo, rotary_heads: int = 0) -> None:
+        self._data = data
+        self._info = info
+        self._rotary_heads = rotary_heads
+        self.shape = info.shape
+
+    def read(self, dtype: npt.DTypeLike) -> np.ndarray:
+        """Dequantises to float32 and casts to ``dtype``, a block of rows at a time."""
+        from gguf import quants
+
+        info = self._info
+        raw = np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset)
+        plain = _PLAIN.get(info.kind.name)
+        if plain is not None:
+            out = raw.view(plain).reshape(self.shape).astype(dtype)
+        else:
+            columns = self.shape[-1]
+            rows = raw.reshape(-1, raw.size * columns // int(np.prod(self.shape)))
+            out = np.empty((len(rows), columns), dtype)
+            step = max(1, _CHUNK // columns)
+            for start in range(0, len(rows), step):
+                block = slice(start, start + step)
+                out[block] = quants.dequantize(rows[block], info.kind)
+            out = out.reshape(self.shape)
+        if self._rotary_heads:
+            heads = out.reshape(self._rotary_heads, -1, 2, *self.shape[1:])
+            out = heads.swapaxes(1, 2).reshape(self.shape)
+        return out
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tokenizer | None]:
+    """Opens a GGUF file of architecture ``llama`` or ``qwen3``.
+
+    Returns:
+        A Hugging Face style configuration, the tensors under their Hugging Face names,
+        and the tokenizer (None where the file has none).
+
+    Raises:
+        CheckpointError: Not a GGUF file; damaged or truncated; another architecture; a
+            tensor, a quantisation or a tokenizer that this reader does not know.
+    """
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise CheckpointError(f"{path}: cannot be read as GGUF ({error})") from None
+    header = read_header(data, path)
+    config = _Config(header, path).build()
+    _check_dequantisable(header, path)
+    tensors = {}
+    for info in header.tensors:
+        name = _hf_name(info.name, config["num_hidden_layers"], path)
+        heads = 0
+        if config["model_type"] == "llama":
+            if ".q_proj." in name:
+                heads = config["num_attention_heads"]
+            elif ".k_proj." in name:
+                heads = config["num_key_value_heads"]
+        if heads and info.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{path}: tensor {info.name!r} of shape {info.shape} cannot hold {heads} heads"
+            )
+        tensors[name] = GGUFTensor(data, info, heads)
+    return config, tensors, Tokenizer.from_gguf_metadata(header.metadata, str(path))
+
+
+def _hf_name(name: str, n_layers: int, path: Path) -> str:
+    match = _TENSOR_NAME.fullmatch(name)
+    if match:
+        part, layer = match["part"], match["layer"]
+        if layer is None and part in _NAMES:
+            return f"{_NAMES[part]}.{match['leaf']}"
+        if layer is not None and part in _LAYER_NAMES and int(layer) < n_layers:
+            return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{match['leaf']}"
+    hint = " (RoPE scaled by frequency)" if name.startswith("rope_freqs") else ""
+    raise CheckpointError(
+        f"{path}: tensor {name!r}{hint} is not supported; supported are dense llama and qwen3 "
+        f"decoders of {n_layers} layers with unscaled or linearly scaled RoPE"
+    )
+
+
+def _check_dequantisable(header: GGUFHeader, path: Path) -> None:
+    """Tries every quantisation of the file on one block of zeros."""
+    from gguf import GGML_QUANT_SIZES, quants
+
+    for kind in {info.kind for info in header.tensors if info.kind.name not in _PLAIN}:
+        block = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
+        try:
+            quants.dequantize(block, kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{path}: tensors of type {kind.name} cannot be dequantised by the gguf package"
+            ) from None
+
+
+class _Config:
+    """Reads the architecture's metadata keys, checking each one's type."""
+
+    def __init__(self, header: GGUFHeader, path: Path) -> None:
+        self._metadata = header.metadata
+        self._shapes = {info.name: info.shape for info in header.tensors}
+        self._path = path
+        self._architecture = header.metadata.get("general.architecture")
+        if self._architecture not in _CLASSES:
+            raise CheckpointError(
+                f"{path}: GGUF architecture {self._architecture!r} is not supported; "
+                f"supported are {', '.join(_CLASSES)}"
+            )
+
+    def build(self) -> dict[str, Any]:
+        heads = self._int("attention.head_count")
+        hidden = self._int("embedding_length")
+        head_dim = self._int("attention.key_length", hidden // heads)
+        if self._int("rope.dimension_count", head_dim) != head_dim:
+            raise CheckpointError(f"{self._path}: RoPE over a part of the head is not supported")
+        if self._int("attention.value_length", head_dim) != head_dim:
+            raise CheckpointError(f"{self._path}: keys and values of unequal width: not supported")
+        embedding = self._shapes.get("token_embd.weight")
+        if embedding is None or len(embedding) != 2:
+            raise CheckpointError(f"{self._path}: no embedding tensor 'token_embd.weight' [V, D]")
+        config = {
+            "model_type": self._architecture,
+            "architectures": [_CLASSES[str(self._architecture)]],
+            "vocab_size": embedding[0],
+            "hidden_size": hidden,
+            "intermediate_size": self._int("feed_forward_length"),
+            "num_hidden_layers": self._int("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._int("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._float("rope.freq_base", 10000.0),
+            "rope_scaling": self._rope_scaling(),
+            "max_position_embeddings": self._int("context_length"),
+            "tie_word_embeddings": "output.weight" not in self._shapes,
+            "attention_bias": "blk.0.attn_q.bias" in self._shapes,
+            "mlp_bias": "blk.0.ffn_up.bias" in self._shapes,
+            "hidden_act": "silu",
+        }
+        for key in ("bos_token_id", "eos_token_id"):
+            config[key] = self._metadata.get(f"tokenizer.ggml.{key}")
+        return config
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        kind = self._metadata.get(f"{self._architecture}.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind != "linear":
+            raise CheckpointError(
+                f"{self._path}: RoPE scaling {kind!r}; supported are none, linear"
+            )
+        return {"rope_type": "linear", "factor": self._float("rope.scaling.factor")}
+
+    def _int(self, key: str, default: int | None = None) -> int:
+        value = self._metadata.get(f"{self._architecture}.{key}", default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise CheckpointError(
+                f"{self._path}: metadata {self._architecture}.{key} is {value!r}; "
+                "expected a positive integer"
+            )
+        return value
+
+    def _float(self, key: str, default: float | None = None) -> float:
+        value = self._metadata.get(f"{self._architecture}.{key}", default)
+        if not isinstance(value, float) or not 0 < value < float("inf"):
+            raise CheckpointError(
+                f"{self._path}: metadata {self._architecture}.{key} is {value!r}; "
+                "expected a positive number"
+            )
+        # The file holds a float32: 1e-5 comes back as 9.999999747378752e-06. Its shortest
+        # decimal is what config.json says, and the same float32.
+        return float(str(np.float32(value)))

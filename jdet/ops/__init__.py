@@ -1,0 +1,158 @@
+"""The ops a model is written in: validation and dispatch; the arithmetic is in pallas_kernels.
+
+`Ops` binds a contract and an implementation. Models call its methods and nothing else that
+sums, compares or exponentiates, so one model code runs on every implementation, plain XLA
+included.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jdet.contract import Contract
+from jdet.ops.checks import check_attention, check_matmul, check_rms_norm, check_rope
+from jdet.pallas_kernels import OPS, implementation_of
+
+
+# Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
+_STATIC = {
+    "matmul": ("leaves", "out_dtype"),
+    "rms_norm": ("eps",),
+    "attention": ("scale", "kv_split"),
+}
+
+
+@functools.cache
+def _op(name: str, implementation: str) -> Callable[..., Any]:
+    return jax.jit(
+        implementation_of(name, implementation), static_argnames=_STATIC.get(name, ())
+    )
+
+
+def default_implementation(platform: str | None = None) -> str:
+    """The invariant implementation for `platform` (the default backend).
+
+    `portable` everywhere until an accelerator's kernels cover every op.
+    """
+    platform = platform or jax.default_backend()
+    if platform == "tpu":
+        raise NotImplementedError(
+            "no TPU kernel exists yet; pass implementation='portable' to use plain jnp there"
+        )
+    return "portable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The ops of one implementation under one contract. Hashable: a static jit argument.
+
+    Attributes:
+      implementation: `portable`, `xla`, `reference`, `mosaic_gpu` or `mosaic_tpu`.
+      contract: the trees.
+
+    Raises:
+      ValueError: unknown implementation.
+      NotImplementedError: a known one that does not cover every op yet.
+    """
+
+    implementation: str = "portable"
+    contract: Contract = Contract()
+
+    def __post_init__(self) -> None:
+        for name in OPS:
+            _op(name, self.implementation)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contract as this implementation keeps it."""
+        return self.contract.fingerprint(self.implementation)
+
+    def embed(
+        self, tokens: Int32[Array, "*rows"], table: Float[Array, "V D"]
+    ) -> Float[Array, "*rows D"]:
+        """Rows of `table`; a token outside it gives NaN."""
+        return _op("embed", self.implementation)(tokens, table)
+
+    def matmul(
+        self,
+        x: Float[Array, "*rows K"],
+        w: Float[Array, "N K"],
+        *,
+        bias: Float[Array, " N"] | None = None,
+        k_sharded: bool = False,
+        out_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "*rows N"]:
+        """x @ w.T + bias, rounded once to `out_dtype` (x's dtype).
+
+        Accumulated in float32 over ascending K; where `k_sharded`, in the contract's
+        `leaves` parts (`pallas_kernels.matmul.reference` writes the tree down).
+        """
+        leaves = self.contract.leaves if k_sharded else 1
+        check_matmul(x, w, bias, leaves)
+        y = _op("matmul", self.implementation)(
+            x.reshape(-1, x.shape[-1]), w, bias=bias, leaves=leaves, out_dtype=out_dtype
+        )
+        return y.reshape(*x.shape[:-1], w.shape[0])
+
+    def rms_norm(
+        self,
+        x: Float[Array, "*rows D"],
+        weight: Float[Array, " D"],
+        *,
+        eps: float,
+        residual: Float[Array, "*rows D"] | None = None,
+    ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
+        """(norm of s, s) with s = x + residual (`pallas_kernels.rms_norm.reference`)."""
+        check_rms_norm(x, weight, residual)
+        return _op("rms_norm", self.implementation)(
+            x, weight, eps=eps, residual=residual
+        )
+
+    def rope(
+        self,
+        x: Float[Array, "B T H D"],
+        cos: Float[Array, "P half"],
+        sin: Float[Array, "P half"],
+        positions: Int32[Array, "B T"],
+    ) -> Float[Array, "B T H D"]:
+        """Rotary embedding from a table (`pallas_kernels.rope.reference`)."""
+        check_rope(x, cos, sin)
+        return _op("rope", self.implementation)(x, cos, sin, positions)
+
+    def attention(
+        self,
+        q: Float[Array, "B T H D"],
+        k_cache: Float[Array, "B Hkv S D"],
+        v_cache: Float[Array, "B Hkv S D"],
+        positions: Int32[Array, "B T"],
+    ) -> Float[Array, "B T H D"]:
+        """Causal attention of queries at `positions` over their row's cache, scale D**-0.5.
+
+        Splits of the contract's `kv_split` at absolute positions, merged in ascending order
+        (`pallas_kernels.attention.reference` writes the tree down).
+        """
+        check_attention(q, k_cache, v_cache, positions, self.contract.kv_split)
+        return _op("attention", self.implementation)(
+            q,
+            k_cache,
+            v_cache,
+            positions,
+            scale=q.shape[-1] ** -0.5,
+            kv_split=self.contract.kv_split,
+        )
+
+    def silu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:
+        """silu(gate) * up of the two halves of the last axis."""
+        return _op("silu_mul", self.implementation)(gate_up)
+
+    def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
+        """Log-probabilities over the vocabulary, in float32."""
+        return _op("log_softmax", self.implementation)(
+            logits.astype(jnp.float32)
+        )

@@ -1,0 +1,45 @@
+"""Shape checks of the ops: an error that names both sides, before anything is traced."""
+
+from jaxtyping import Array
+
+
+def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
+    """Raise ValueError unless x[..., K], w[N, K], bias[N] fit and `leaves` divides K."""
+    if w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"matmul: x {x.shape} and w {w.shape}; w must be [N, K={x.shape[-1]}]")
+    if x.dtype != w.dtype:
+        raise ValueError(f"matmul: x is {x.dtype} and w is {w.dtype}; they must be the same")
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ValueError(f"matmul: bias {bias.shape}; must be {w.shape[:1]}")
+    if w.shape[1] % leaves:
+        raise ValueError(f"matmul: K={w.shape[1]} cannot be cut into {leaves} equal leaves")
+
+
+def check_rms_norm(x: Array, weight: Array, residual: Array | None) -> None:
+    """Raise ValueError unless weight is x's last axis and residual is shaped as x."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x {x.shape} and weight {weight.shape}")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"rms_norm: x {x.shape} {x.dtype} and residual {residual.shape} {residual.dtype}"
+        )
+
+
+def check_rope(x: Array, cos: Array, sin: Array) -> None:
+    """Raise ValueError unless the tables hold half of x's head dimension."""
+    if x.shape[-1] % 2 or cos.shape != sin.shape or cos.shape[-1] * 2 != x.shape[-1]:
+        raise ValueError(f"rope: x {x.shape}, cos {cos.shape}, sin {sin.shape}")
+
+
+def check_attention(q: Array, k: Array, v: Array, positions: Array, kv_split: int) -> None:
+    """Raise ValueError unless queries, cache and positions fit and kv_split divides S."""
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q {q.shape}, k_cache {k.shape}, v_cache {v.shape}")
+    if q.shape[2] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[2]} query heads over {k.shape[1]} key heads")
+    if positions.shape != q.shape[:2]:
+        raise ValueError(f"attention: positions {positions.shape}; must be {q.shape[:2]}")
+    if k.shape[2] % kv_split:
+        raise ValueError(
+            f"attention: a cache of {k.shape[2]} slots is no multiple of kv_split={kv_split}"
+        )

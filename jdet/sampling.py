@@ -1,0 +1,180 @@
+"""Sampling parameters of a request, and the choice of its next token.
+
+Every row is sampled by its own parameters, carried as arrays: changing a temperature
+recompiles nothing, and a row's token does not see its neighbours' parameters.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from jdet.pallas_kernels.trees import exp, tree_sum
+from jdet.rng import MAX_SEED, gumbel
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled; names and meanings as in the OpenAI API and vLLM.
+
+    Attributes:
+      n: completions of the prompt; each has its own noise (sample index 0..n-1).
+      temperature: 0 takes the most probable token (ties: the lowest token id).
+      top_p: smallest set of most probable tokens with at least this probability; 1 is off.
+      top_k: most probable tokens to choose from; 0 is off.
+      min_p: drop tokens less probable than min_p times the most probable one; 0 is off.
+      seed: 0..2**64-1. None draws one when temperature > 0; the completion reports it.
+      max_tokens: tokens to generate at most.
+      stop: strings that end the completion; not part of its text.
+      stop_token_ids: token ids that end it, besides the tokenizer's end tokens.
+      ignore_eos: do not end at the tokenizer's end tokens.
+
+    Raises:
+      ValueError: a value outside its range; the message names it and the range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, low in (("n", 1), ("top_k", 0), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < low:
+                raise ValueError(f"{name}={value!r}; allowed: integers from {low}")
+        _check_number("temperature", self.temperature, "numbers >= 0", lambda v: v >= 0)
+        _check_number("top_p", self.top_p, "0 < top_p <= 1", lambda v: 0 < v <= 1)
+        _check_number("min_p", self.min_p, "0 <= min_p <= 1", lambda v: 0 <= v <= 1)
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
+            raise ValueError(f"seed={self.seed!r}; allowed: integers 0..2**64-1")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop={self.stop!r}; allowed: non-empty strings")
+        if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}; allowed: token ids")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"n={self.n} with temperature=0 would give {self.n} equal completions; "
+                "use n=1 or a temperature above 0"
+            )
+
+    def with_seed(self) -> "SamplingParams":
+        """Self, or a copy with a drawn seed where noise is needed and none was given."""
+        if self.temperature == 0 or self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=secrets.randbits(63))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: object, allowed: str, holds) -> None:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not np.isfinite(value) or not holds(value):
+        raise ValueError(f"{name}={value!r}; allowed: {allowed}")
+
+
+class SamplingArrays(NamedTuple):
+    """Sampling parameters of a batch, one row each; a pytree of arrays."""
+
+    temperature: Float32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float32[Array, " B"]
+    min_p: Float32[Array, " B"]
+    seed: UInt32[Array, "B 2"]
+    sample_index: Int32[Array, " B"]
+    max_tokens: Int32[Array, " B"]
+    # Token ids that end a row, filled up with -1.
+    stop_token_ids: Int32[Array, "B E"]
+
+
+def sampling_arrays(
+    params: Sequence[SamplingParams],
+    *,
+    eos_token_ids: Sequence[int] = (),
+    sample_index: Sequence[int] | None = None,
+) -> SamplingArrays:
+    """Pack one `SamplingParams` a row (its `n` is not looked at; give a row per sample).
+
+    Raises:
+      ValueError: a row with temperature > 0 has no seed.
+    """
+    for p in params:
+        if p.temperature > 0 and p.seed is None:
+            raise ValueError("seed=None with temperature > 0; call with_seed() or give a seed")
+    stops = [
+        sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}) for p in params
+    ]
+    # One width for all but exotic requests, so that a stop token more recompiles nothing.
+    width = max(8, *(len(s) for s in stops))
+    seeds = [p.seed or 0 for p in params]
+    return SamplingArrays(
+        temperature=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([p.top_k for p in params], np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        seed=np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+        sample_index=np.array(sample_index or [0] * len(params), np.int32),
+        max_tokens=np.array([p.max_tokens for p in params], np.int32),
+        stop_token_ids=np.array([s + [-1] * (width - len(s)) for s in stops], np.int32),
+    )
+
+
+def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"]:
+    """The tokens that min_p, then top_k, then top_p leave; ties: the lower id is first."""
+    order = jnp.argsort(scaled, axis=-1, stable=True, descending=True)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    rank = jnp.arange(scaled.shape[-1])
+    p = exp(ranked - ranked[:, :1])  # relative to the most probable token
+    keep = p >= s.min_p[:, None]
+    keep &= (s.top_k[:, None] == 0) | (rank < s.top_k[:, None])
+    p = jnp.where(keep, p, 0)
+    # associative_scan writes the prefix sums out as elementwise additions: one fixed tree.
+    before = lax.associative_scan(jnp.add, p, axis=-1) - p
+    keep &= (s.top_p[:, None] >= 1) | (before < s.top_p[:, None] * tree_sum(p)[:, None])
+    rank_of_token = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(keep, rank_of_token, axis=-1)
+
+
+def sample(
+    logits: Float32[Array, "B V"], s: SamplingArrays, position: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """The next token of each row; `position` counts the row's own completion from 0.
+
+    temperature > 0 takes the maximum of logits / temperature + Gumbel noise over the tokens
+    that min_p, top_k and top_p leave (Gumbel-max trick); noise is that of `rng.gumbel`, by
+    token id. Sorting and noise run only when a row of the batch asks for them, and change
+    nothing in the rows that do not.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Int32[Array, " B"]:
+        hot = s.temperature > 0
+        scaled = logits / jnp.where(hot, s.temperature, 1)[:, None]
+        truncated = hot & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
+        keep = lax.cond(
+            truncated.any(),
+            lambda: _kept(scaled, s) | ~truncated[:, None],
+            lambda: jnp.ones(scaled.shape, bool),
+        )
+        noisy = scaled + gumbel(s.seed, s.sample_index, position, logits.shape[-1])
+        drawn = jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1).astype(jnp.int32)
+        return jnp.where(hot, drawn, greedy)
+
+    return lax.cond((s.temperature > 0).any(), draw, lambda: greedy)

@@ -1,0 +1,163 @@
+"""The decoder of the Llama and Qwen3 dense families, in Flax NNX."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jdet.cache import KVCache, write
+from jdet.models.config import DecoderConfig
+from jdet.ops import Ops
+
+
+class RopeTable(nnx.Variable):
+    """Cosines or sines by position: derived from the config, no weight."""
+
+
+def rope_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin) of every position and frequency, [P, D/2], float32 from float64."""
+    half = config.head_dim // 2
+    inverse = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    angle = np.arange(config.max_position_embeddings, dtype=np.float64)[:, None] * inverse
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, int], dtype: DTypeLike) -> nnx.Param:
+    """Random weights [out, in] that keep the variance of their input."""
+    return nnx.Param(
+        (rngs.params.normal(shape, jnp.float32) * shape[1] ** -0.5).astype(dtype)
+    )
+
+
+def _norm(size: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.ones(size, dtype))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; query, key and value projections are one matrix."""
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        dim, hidden = config.head_dim, config.hidden_size
+        self.qkv = _weight(rngs, ((heads + 2 * kv_heads) * dim, hidden), dtype)
+        self.out = _weight(rngs, (hidden, heads * dim), dtype)
+        self.q_norm = _norm(dim, dtype) if config.qk_norm else None
+        self.k_norm = _norm(dim, dtype) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float32[Array, "P half"], Float32[Array, "P half"]],
+        positions: Int32[Array, "B T"],
+        cache: tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]],
+        ops: Ops,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        c = self.config
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        qkv = ops.matmul(x, self.qkv[...]).reshape(*x.shape[:2], heads + 2 * kv_heads, c.head_dim)
+        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, _ = ops.rms_norm(q, self.q_norm[...], eps=c.rms_norm_eps)
+            k, _ = ops.rms_norm(k, self.k_norm[...], eps=c.rms_norm_eps)
+        q, k = ops.rope(q, *rope, positions), ops.rope(k, *rope, positions)
+        # The cache holds the new entries before attention reads it: one path for all.
+        start = positions[:, 0]
+        k_cache, v_cache = write(cache[0], k, start), write(cache[1], v, start)
+        y = ops.attention(q, k_cache, v_cache, positions)
+        y = ops.matmul(y.reshape(*x.shape[:2], heads * c.head_dim), self.out[...], k_sharded=True)
+        return y, (k_cache, v_cache)
+
+
+class MLP(nnx.Module):
+    """SiLU-gated MLP; gate and up projections are one matrix."""
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = _weight(rngs, (2 * inner, hidden), dtype)
+        self.down = _weight(rngs, (hidden, inner), dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
+        inner = ops.silu_mul(ops.matmul(x, self.gate_up[...]))
+        return ops.matmul(inner, self.down[...], k_sharded=True)
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer; each norm also adds the branch before it."""
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.eps = config.rms_norm_eps
+        self.attention_norm = _norm(config.hidden_size, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp_norm = _norm(config.hidden_size, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self,
+        branch: Float[Array, "B T D"],
+        residual: Float[Array, "B T D"] | None,
+        rope: tuple[Float32[Array, "P half"], Float32[Array, "P half"]],
+        positions: Int32[Array, "B T"],
+        cache: tuple[Array, Array],
+        ops: Ops,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], tuple[Array, Array]]:
+        x, residual = ops.rms_norm(
+            branch, self.attention_norm[...], eps=self.eps, residual=residual
+        )
+        branch, cache = self.attention(x, rope, positions, cache, ops)
+        x, residual = ops.rms_norm(branch, self.mlp_norm[...], eps=self.eps, residual=residual)
+        return self.mlp(x, ops), residual, cache
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states and logits. `nnx.Module`s are pytrees: jit takes them.
+
+    Attributes:
+      config: the shape.
+      dtype: of weights, activations and cache; logits are float32.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embedding = nnx.Param(
+            (rngs.params.normal((config.vocab_size, config.hidden_size)) * 0.02).astype(dtype)
+        )
+        self.layers = nnx.List(
+            [Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = _norm(config.hidden_size, dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else _weight(rngs, (config.vocab_size, config.hidden_size), dtype)
+        )
+        cos, sin = rope_table(config)
+        self.rope_cos, self.rope_sin = RopeTable(jnp.asarray(cos)), RopeTable(jnp.asarray(sin))
+
+    def __call__(
+        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache, ops: Ops
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Read T tokens a row at consecutive `positions`; padding, at a row's end, has -1.
+
+        Returns the normalised hidden states and the cache with the tokens' keys and values
+        in their slots. The T slots from positions[b, 0] on are written, padding included;
+        no query ever reads a slot behind its own position.
+        """
+        rope = (self.rope_cos[...], self.rope_sin[...])
+        branch, residual = ops.embed(tokens, self.embedding[...]), None
+        k, v = list(cache.k), list(cache.v)
+        for i, layer in enumerate(self.layers):
+            branch, residual, (k[i], v[i]) = layer(
+                branch, residual, rope, positions, (k[i], v[i]), ops
+            )
+        hidden, _ = ops.rms_norm(
+            branch, self.norm[...], eps=self.config.rms_norm_eps, residual=residual
+        )
+        return hidden, KVCache(tuple(k), tuple(v))
+
+    def logits(self, hidden: Float[Array, "*rows D"], ops: Ops) -> Float32[Array, "*rows V"]:
+        """Logits of normalised hidden states, float32, not rounded to the model's dtype."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return ops.matmul(hidden, head[...], out_dtype=jnp.float32)

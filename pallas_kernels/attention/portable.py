@@ -1,0 +1,171 @@
+"""Attention in jnp, batch-invariant on any backend. Tree: that of `reference`.
+
+Schedules:
+
+- `whole` (CPU): all rows of the batch in one batched dot per split, `lax.fori_loop` over the
+  splits that any row needs. A batched dot gives each row the bits it has alone as long as it
+  has at least `MIN_ROWS` rows of queries (see `matmul.portable`), so fewer are padded.
+- `tiled` (any other backend): `lax.map` over the rows of the batch and over tiles of
+  `QUERY_TILE` queries; every dot has one fixed shape.
+
+How many splits are walked follows the longest neighbour; the extra ones are masked, and a
+masked split is an exact identity of the merge.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from jdet.pallas_kernels.matmul.portable import MIN_ROWS
+from jdet.pallas_kernels.trees import exp, tree_sum
+
+QUERY_TILE = 16
+
+# Running maximum, sum and weighted values of a set of query rows.
+type Partial = tuple[Float32[Array, "B N R"], Float32[Array, "B N R"], Float32[Array, "B N R D"]]
+
+
+def _batched_dot(
+    a: Float[Array, "B N R C"], b: Float[Array, "B N X Y"], contract: int
+) -> Float32[Array, "B N R O"]:
+    return lax.dot_general(
+        a,
+        b,
+        (((3,), (contract,)), ((0, 1), (0, 1))),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _split(
+    q: Float[Array, "B N R D"],
+    k: Float[Array, "B N S D"],
+    v: Float[Array, "B N S D"],
+    seen: Bool[Array, "B R S"],
+    scale: float,
+) -> Partial:
+    """One split alone."""
+    score = _batched_dot(q, k, 3) * jnp.float32(scale)
+    score = jnp.where(seen[:, None], score, -jnp.inf)
+    m = jnp.max(score, axis=-1)  # a maximum is exact in any order
+    p = exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None])
+    # Slots nobody has written may hold NaN, and 0 * NaN is NaN.
+    v = jnp.where(seen.any(1)[:, None, :, None], v, jnp.zeros((), v.dtype))
+    return m, tree_sum(p), _batched_dot(p.astype(v.dtype), v, 2)
+
+
+def _merge(left: Partial, right: Partial) -> Partial:
+    """The tree's one merge: `left` holds the lower positions."""
+    (m0, l0, o0), (m1, l1, o1) = left, right
+    m = jnp.maximum(m0, m1)
+    base = jnp.where(m == -jnp.inf, 0, m)
+    a, b = exp(m0 - base), exp(m1 - base)
+    return m, l0 * a + l1 * b, o0 * a[..., None] + o1 * b[..., None]
+
+
+def _attend(
+    q: Float[Array, "B N R D"],
+    k_cache: Float[Array, "B N S D"],
+    v_cache: Float[Array, "B N S D"],
+    positions: Int32[Array, "B R"],
+    *,
+    scale: float,
+    kv_split: int,
+) -> Float[Array, "B N R D"]:
+    """Walk the splits in ascending order for query rows that share their keys' head."""
+
+    def partial_at(index: Int32[Array, ""]) -> Partial:
+        start = index * kv_split
+        k, v = (lax.dynamic_slice_in_dim(c, start, kv_split, 2) for c in (k_cache, v_cache))
+        seen = start + jnp.arange(kv_split) <= positions[:, :, None]
+        return _split(q, k, v, seen, scale)
+
+    first = partial_at(jnp.int32(0))
+    if k_cache.shape[2] == kv_split:
+        _, total, out = first
+    else:
+        _, total, out = lax.fori_loop(
+            jnp.int32(1),
+            jnp.max(positions) // kv_split + 1,
+            lambda index, state: _merge(state, partial_at(index)),
+            first,
+        )
+    total = total[..., None]
+    return jnp.where(total == 0, 0, out / total).astype(q.dtype)
+
+
+def attention_whole(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B Hkv S D"],
+    v_cache: Float[Array, "B Hkv S D"],
+    positions: Int32[Array, "B T"],
+    *,
+    scale: float,
+    kv_split: int,
+) -> Float[Array, "B T H D"]:
+    """The `whole` schedule."""
+    batch, length, heads, dim = q.shape
+    kv_heads = k_cache.shape[1]
+    group = heads // kv_heads
+    rows = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * length, dim)
+    row_positions = jnp.tile(positions, (1, group))
+    missing = max(0, MIN_ROWS - group * length)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    row_positions = jnp.pad(row_positions, ((0, 0), (0, missing)), constant_values=-1)
+    out = _attend(rows, k_cache, v_cache, row_positions, scale=scale, kv_split=kv_split)
+    out = out[:, :, : group * length].reshape(batch, kv_heads, group, length, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def attention_tiled(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B Hkv S D"],
+    v_cache: Float[Array, "B Hkv S D"],
+    positions: Int32[Array, "B T"],
+    *,
+    scale: float,
+    kv_split: int,
+) -> Float[Array, "B T H D"]:
+    """The `tiled` schedule."""
+    batch, length, heads, dim = q.shape
+    tiles = -(-length // QUERY_TILE)
+    missing = tiles * QUERY_TILE - length
+    q_tiles = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    q_tiles = q_tiles.reshape(batch * tiles, QUERY_TILE, heads, dim)
+    p_tiles = jnp.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
+    p_tiles = p_tiles.reshape(batch * tiles, QUERY_TILE)
+
+    def one_tile(args: tuple[Array, Array, Array]) -> Float[Array, "QT H D"]:
+        row, q_tile, p_tile = args
+        k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
+        out = attention_whole(
+            q_tile[None], k, v, p_tile[None], scale=scale, kv_split=kv_split
+        )
+        return out[0]
+
+    rows = jnp.arange(batch * tiles) // tiles
+    out = lax.map(one_tile, (rows, q_tiles, p_tiles))
+    return out.reshape(batch, tiles * QUERY_TILE, heads, dim)[:, :length]
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B Hkv S D"],
+    v_cache: Float[Array, "B Hkv S D"],
+    positions: Int32[Array, "B T"],
+    *,
+    scale: float,
+    kv_split: int,
+) -> Float[Array, "B T H D"]:
+    """See `reference.attention`; S must be a multiple of `kv_split`."""
+    return lax.platform_dependent(
+        q,
+        k_cache,
+        v_cache,
+        positions,
+        cpu=functools.partial(attention_whole, scale=scale, kv_split=kv_split),
+        default=functools.partial(attention_tiled, scale=scale, kv_split=kv_split),
+    )

@@ -1,0 +1,53 @@
+"""Attention, the tree written plainly; in float64 inputs it is the oracle."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B Hkv S D"],
+    v_cache: Float[Array, "B Hkv S D"],
+    positions: Int32[Array, "B T"],
+    *,
+    scale: float,
+    kv_split: int,
+) -> Float[Array, "B T H D"]:
+    """Query (b, t) attends to the keys 0..positions[b, t] of its row; position -1 gives zeros.
+
+    Tree: the keys are cut at absolute positions into splits of `kv_split`. A split alone:
+    scores q.k in float32 times `scale`; their maximum m; p = exp(score - m); l = the sum of
+    p (halving tree over the split); o = p, rounded to v's dtype, times v, in float32. Splits
+    are merged in ascending order, (m, l, o) with (m', l', o') giving
+    M = max(m, m'), l exp(m - M) + l' exp(m' - M), o exp(m - M) + o' exp(m' - M).
+    A split with no key for the query leaves the running value exactly as it was.
+    The result is o / l, rounded once to q's dtype. float64 inputs are computed in float64.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads, cache_length = k_cache.shape[1:3]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    high = lax.Precision.HIGHEST
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).astype(wide)
+    m = jnp.full((batch, kv_heads, heads // kv_heads, length), -jnp.inf, wide)
+    total = jnp.zeros_like(m)
+    out = jnp.zeros((*m.shape, dim), wide)
+    for start in range(0, cache_length, kv_split):
+        keys = jnp.arange(start, min(start + kv_split, cache_length))
+        seen = keys[None, None, :] <= positions[:, :, None]  # B T S
+        k = k_cache[:, :, keys]
+        v = jnp.where(seen.any(1)[:, None, :, None], v_cache[:, :, keys], 0)
+        score = jnp.einsum("btngd,bnsd->bngts", grouped, k.astype(wide), precision=high)
+        score = jnp.where(seen[:, None, None], score * scale, -jnp.inf)
+        m_split = score.max(-1)
+        p = jnp.exp(score - jnp.where(m_split == -jnp.inf, 0, m_split)[..., None])
+        o_split = jnp.einsum(
+            "bngts,bnsd->bngtd", p.astype(v.dtype).astype(wide), v.astype(wide), precision=high
+        )
+        m_new = jnp.maximum(m, m_split)
+        base = jnp.where(m_new == -jnp.inf, 0, m_new)
+        a, b = jnp.exp(m - base), jnp.exp(m_split - base)
+        m, total = m_new, total * a + p.sum(-1) * b
+        out = out * a[..., None] + o_split * b[..., None]
+    out = jnp.where(total[..., None] == 0, 0, out / total[..., None])
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

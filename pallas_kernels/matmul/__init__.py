@@ -1,0 +1,1 @@
+"""y = x @ w.T (+ bias), weights as checkpoints store them: `[N, K]`."""

@@ -1,0 +1,79 @@
+"""Matmul in jnp, batch-invariant on any backend.
+
+Tree: that of `reference`; the order inside a leaf is the order of the backend's dot of one
+fixed shape (per row: ascending K, in the blocks of the backend's kernel).
+
+Schedules:
+
+- `whole` (CPU): one dot over all rows. With the weights stored `[N, K]` the contracted
+  dimension is minor in both operands, and XLA:CPU's YNNPACK then always packs the weights,
+  in a layout it chooses without looking at M; the packed layout fixes the order over K, so
+  a row's bits are the same for every M >= 2. (With weights stored `[K, N]` it is not so:
+  it packs for M > 32 only, and the bits change there. Measured for M in 1..256, float32 and
+  bfloat16: scripts/bench/results/cpu-dot-classes.json.) One row alone would be a
+  matrix-vector product in another order, so few rows are padded to `MIN_ROWS`.
+- `tiled` (any other backend): the rows are cut into tiles of `ROW_TILE`, the last one
+  padded with zeros, and `lax.map` runs one dot of one fixed shape over them: no library can
+  see M.
+
+On CPU both give the same bits (tests/pallas_kernels/test_matmul.py).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from jdet.pallas_kernels.trees import balanced_sum
+
+MIN_ROWS = 4
+ROW_TILE = 64
+
+
+def dot_rows(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "M N"]:
+    """x @ w.T in float32; float32 operands are not narrowed (no TF32)."""
+    return lax.dot_general(
+        x,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def dot_whole(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "M N"]:
+    """The `whole` schedule: one dot, at least `MIN_ROWS` rows."""
+    m = x.shape[0]
+    if m < MIN_ROWS:
+        x = jnp.pad(x, ((0, MIN_ROWS - m), (0, 0)))
+    return dot_rows(x, w)[:m]
+
+
+def dot_tiled(
+    x: Float[Array, "M K"], w: Float[Array, "N K"], tile: int = ROW_TILE
+) -> Float32[Array, "M N"]:
+    """The `tiled` schedule: dots of `tile` rows under `lax.map`."""
+    m, k = x.shape
+    tiles = -(-m // tile)
+    padded = jnp.pad(x, ((0, tiles * tile - m), (0, 0)))
+    y = lax.map(lambda rows: dot_rows(rows, w), padded.reshape(tiles, tile, k))
+    return y.reshape(tiles * tile, -1)[:m]
+
+
+def matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "N K"],
+    *,
+    bias: Float[Array, " N"] | None = None,
+    leaves: int = 1,
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "M N"]:
+    """See `reference.matmul`; the schedule follows the platform the program is compiled for."""
+    parts = [
+        lax.platform_dependent(xs, ws, cpu=dot_whole, default=dot_tiled)
+        for xs, ws in zip(jnp.split(x, leaves, axis=1), jnp.split(w, leaves, axis=1), strict=True)
+    ]
+    y = balanced_sum(parts)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)

@@ -1,0 +1,24 @@
+"""RoPE, written plainly. It sums nothing: two products and one addition an element."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+
+def rope(
+    x: Float[Array, "B T H D"],
+    cos: Float[Array, "P half"],
+    sin: Float[Array, "P half"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B T H D"]:
+    """Rotate the pair (x[i], x[i + D/2]) by the angle of its position; position < 0 reads row 0.
+
+    Computed in float32 (float64 for float64 inputs), rounded once to x's dtype. The table
+    is computed outside (`models.decoder.rope_table`, in float64): no sine or cosine runs on
+    the device. Su et al., "RoFormer", arXiv:2104.09864; halves as in Hugging Face's Llama.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    at = jnp.maximum(positions, 0)
+    c, s = cos.astype(wide)[at][:, :, None], sin.astype(wide)[at][:, :, None]
+    low, high = jnp.split(x.astype(wide), 2, axis=-1)
+    rotated = jnp.concatenate([low * c - high * s, high * c + low * s], axis=-1)
+    return rotated.astype(x.dtype)

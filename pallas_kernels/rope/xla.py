@@ -1,0 +1,5 @@
+"""RoPE by xla: elementwise, so the reference is the implementation."""
+
+from jdet.pallas_kernels.rope.reference import rope
+
+__all__ = ["rope"]

@@ -1,0 +1,101 @@
+"""Fixed trees of elementwise operations: what XLA cannot re-order whatever the shape.
+
+XLA picks the emitter, the tile and so the order of a `reduce` by shape and by the
+surrounding fusion; on CPU it also hands `exp` and `log` to a vector routine for the bulk
+of an array and to another routine for its tail, and the two differ in the last bit
+(measured: 8 of 4,096 values of `exp` change with the array's length). The functions here
+are made of additions, multiplications, comparisons and integer operations alone, each of
+which is one correctly rounded operation wherever the element stands.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+_LOG2_E = 1.4426950408889634
+# ln 2 in two parts: the first has 15 trailing zero bits, so that n * _LN2_HIGH is exact.
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+# Minimax coefficients of the Cephes library (S. Moshier, netlib.org/cephes, expf and logf).
+_EXP = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+_SQRT_HALF = 0.70710678118654752440
+
+
+def _polynomial(x: Float32[Array, "*s"], coefficients: tuple[float, ...]) -> Float32[Array, "*s"]:
+    y = jnp.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + jnp.float32(c)
+    return y
+
+
+def tree_sum(x: Float32[Array, "*rows n"]) -> Float32[Array, "*rows"]:
+    """Sum over the last axis in a tree that depends on its length alone.
+
+    Tree: the second half is added to the first, elementwise, until one value is left;
+    an odd length is first padded by one zero. Depth ceil(log2 n), float32.
+    """
+    n = x.shape[-1]
+    while n > 1:
+        if n % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)
+            n += 1
+        n //= 2
+        x = x[..., :n] + x[..., n:]
+    return x[..., 0]
+
+
+def balanced_sum(parts: list[Float32[Array, "*s"]]) -> Float32[Array, "*s"]:
+    """Add a power of two of arrays in a balanced binary tree of neighbours."""
+    while len(parts) > 1:
+        parts = [parts[i] + parts[i + 1] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def exp(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """e**x in float32, within 2 ulp; 0 below -87.3, e**88.3 above 88.3; exp(0) is exactly 1."""
+    clipped = jnp.clip(x, -87.33654, 88.3762626647949)
+    n = jnp.floor(clipped * jnp.float32(_LOG2_E) + jnp.float32(0.5))
+    r = clipped - n * jnp.float32(_LN2_HIGH) - n * jnp.float32(_LN2_LOW)
+    y = _polynomial(r, _EXP) * (r * r) + r + jnp.float32(1.0)
+    scale = lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
+    return jnp.where(x < jnp.float32(-87.33654), jnp.float32(0.0), y * scale)
+
+
+def log(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """ln(x) in float32 for normal positive x, within 2 ulp; -inf at 0."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    exponent = ((bits >> 23) - 126).astype(jnp.float32)
+    mantissa = lax.bitcast_convert_type((bits & 0x007FFFFF) | 0x3F000000, jnp.float32)
+    low = mantissa < jnp.float32(_SQRT_HALF)
+    exponent = jnp.where(low, exponent - 1, exponent)
+    m = jnp.where(low, mantissa + mantissa, mantissa) - jnp.float32(1.0)
+    z = m * m
+    y = _polynomial(m, _LOG) * (m * z)
+    y = y + exponent * jnp.float32(_LN2_LOW) - jnp.float32(0.5) * z
+    y = m + y + exponent * jnp.float32(_LN2_HIGH)
+    return jnp.where(x == 0, -jnp.inf, y)
+
+
+def silu(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """x / (1 + e**-x)."""
+    return x / (jnp.float32(1.0) + exp(-x))
+
+

@@ -1,0 +1,22 @@
+"""What holds for every test: strict promotion, 32 bits, checked shapes, fixed examples."""
+
+import pathlib
+
+import hypothesis
+import jax
+import jaxtyping
+
+import jdet
+
+# In an editable install, jdet.models and jdet.pallas_kernels come from a finder that the
+# hook below cannot wrap. With the root on jdet's path, Python's own finder has them first.
+jdet.__path__.append(str(pathlib.Path(__file__).parents[1]))
+jaxtyping.install_import_hook(["jdet"], "beartype.beartype")
+
+jax.config.update("jax_enable_x64", False)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run, and no limit on one that waits for a compile.
+hypothesis.settings.register_profile("jdet", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("jdet")
