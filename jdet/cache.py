@@ -1,6 +1,6 @@
 """The contiguous KV cache: a plain pytree, donated to each step."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 
+@runtime_checkable
 class CacheShape(Protocol):
     """What of a model's config decides the shape of its cache."""
 

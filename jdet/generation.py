@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jdet.sampling import SamplingArrays, SamplingParams, sample, sampling_array
 NO_TOKEN = -1
 
 
+@runtime_checkable
 class DecoderConfig(CacheShape, Protocol):
     """What generation asks of a model's config."""
 
@@ -28,6 +29,7 @@ class DecoderConfig(CacheShape, Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What generation asks of a model (`jdet.models.decoder.Decoder` is one)."""
 
@@ -43,6 +45,7 @@ class Decoder(Protocol):
     def logits(self, hidden: Float[Array, "*rows D"], ops: Ops) -> Float32[Array, "*rows V"]: ...
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A decoder with its tokenizer and ops (`jdet.models.load.LanguageModel`)."""
 
@@ -315,7 +318,9 @@ def _stop_string_end(model: LanguageModel, ids: list[int], stops: Sequence[str])
     if not stops or not any(s in model.tokenizer.decode(ids) for s in stops):
         return None
     return next(
-        i + 1 for i in range(len(ids)) if any(s in model.tokenizer.decode(ids[: i + 1]) for s in stops)
+        i + 1
+        for i in range(len(ids))
+        if any(s in model.tokenizer.decode(ids[: i + 1]) for s in stops)
     )
 
 
@@ -387,7 +392,11 @@ def _run_batch(
         state = more(model.decoder, state, sampling, steps)
     return [
         _finish(
-            model, r, ids[i, : count[i]].tolist(), logprobs[i, : count[i]].tolist(), bool(stopped[i])
+            model,
+            r,
+            ids[i, : count[i]].tolist(),
+            logprobs[i, : count[i]].tolist(),
+            bool(stopped[i]),
         )
         for i, r in enumerate(batch)
     ]
@@ -431,7 +440,5 @@ def generate(
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         batch = [requests[i] for i in chosen]
-        done.update(
-            zip(chosen, _run_batch(model, batch, on_tokens, steps_per_call), strict=True)
-        )
+        done.update(zip(chosen, _run_batch(model, batch, on_tokens, steps_per_call), strict=True))
     return [done[i] for i in range(len(requests))]

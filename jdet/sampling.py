@@ -5,8 +5,9 @@ recompiles nothing, and a row's token does not see its neighbours' parameters.
 """
 
 import dataclasses
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -84,9 +85,9 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: object, allowed: str, holds) -> None:
+def _check_number(name: str, value: object, allowed: str, holds: Callable[[float], bool]) -> None:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not np.isfinite(value) or not holds(value):
+    if not number or not math.isfinite(float(value)) or not holds(float(value)):
         raise ValueError(f"{name}={value!r}; allowed: {allowed}")
 
 
@@ -118,21 +119,19 @@ def sampling_arrays(
     for p in params:
         if p.temperature > 0 and p.seed is None:
             raise ValueError("seed=None with temperature > 0; call with_seed() or give a seed")
-    stops = [
-        sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}) for p in params
-    ]
+    stops = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}) for p in params]
     # One width for all but exotic requests, so that a stop token more recompiles nothing.
     width = max(8, *(len(s) for s in stops))
     seeds = [p.seed or 0 for p in params]
     return SamplingArrays(
-        temperature=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([p.top_k for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        seed=np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
-        sample_index=np.array(sample_index or [0] * len(params), np.int32),
-        max_tokens=np.array([p.max_tokens for p in params], np.int32),
-        stop_token_ids=np.array([s + [-1] * (width - len(s)) for s in stops], np.int32),
+        temperature=jnp.array([p.temperature for p in params], jnp.float32),
+        top_k=jnp.array([p.top_k for p in params], jnp.int32),
+        top_p=jnp.array([p.top_p for p in params], jnp.float32),
+        min_p=jnp.array([p.min_p for p in params], jnp.float32),
+        seed=jnp.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], jnp.uint32),
+        sample_index=jnp.array(sample_index or [0] * len(params), jnp.int32),
+        max_tokens=jnp.array([p.max_tokens for p in params], jnp.int32),
+        stop_token_ids=jnp.array([s + [-1] * (width - len(s)) for s in stops], jnp.int32),
     )
 
 

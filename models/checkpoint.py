@@ -1,7 +1,7 @@
 """Checkpoint map: from Hugging Face tensor names to the decoder's parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jdet.models.config import DecoderConfig
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A tensor that has not been read yet (`jdet.io.checkpoint.TensorSource`)."""
 

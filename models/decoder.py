@@ -25,9 +25,7 @@ def rope_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, int], dtype: DTypeLike) -> nnx.Param:
     """Random weights [out, in] that keep the variance of their input."""
-    return nnx.Param(
-        (rngs.params.normal(shape, jnp.float32) * shape[1] ** -0.5).astype(dtype)
-    )
+    return nnx.Param((rngs.params.normal(shape, jnp.float32) * shape[1] ** -0.5).astype(dtype))
 
 
 def _norm(size: int, dtype: DTypeLike) -> nnx.Param:

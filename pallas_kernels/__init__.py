@@ -25,9 +25,7 @@ IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu")
 def available(op: str) -> tuple[str, ...]:
     """The implementations of `op` that exist in this version, in `IMPLEMENTATIONS` order."""
     package = f"{__name__}.{op}"
-    return tuple(
-        name for name in IMPLEMENTATIONS if importlib.util.find_spec(f"{package}.{name}")
-    )
+    return tuple(name for name in IMPLEMENTATIONS if importlib.util.find_spec(f"{package}.{name}"))
 
 
 def implementation_of(op: str, implementation: str) -> Callable[..., Any]:
@@ -45,7 +43,6 @@ def implementation_of(op: str, implementation: str) -> Callable[..., Any]:
         )
     if implementation not in available(op):
         raise NotImplementedError(
-            f"{op} has no {implementation!r} implementation yet; "
-            f"it has: {', '.join(available(op))}"
+            f"{op} has no {implementation!r} implementation yet; it has: {', '.join(available(op))}"
         )
     return getattr(importlib.import_module(f"{__name__}.{op}.{implementation}"), op)

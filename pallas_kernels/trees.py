@@ -8,6 +8,8 @@ are made of additions, multiplications, comparisons and integer operations alone
 which is one correctly rounded operation wherever the element stands.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
@@ -37,6 +39,11 @@ _LOG = (
     3.3333331174e-1,
 )
 _SQRT_HALF = 0.70710678118654752440
+
+
+def wide_dtype(x: Array) -> Any:
+    """What a reference computes x in: float32, or float64 where x is that (the oracle)."""
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def _polynomial(x: Float32[Array, "*s"], coefficients: tuple[float, ...]) -> Float32[Array, "*s"]:
@@ -97,5 +104,3 @@ def log(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
 def silu(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     """x / (1 + e**-x)."""
     return x / (jnp.float32(1.0) + exp(-x))
-
-

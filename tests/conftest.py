@@ -15,7 +15,6 @@ jaxtyping.install_import_hook(["jdet"], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples in every run, and no limit on one that waits for a compile.
 hypothesis.settings.register_profile("jdet", derandomize=True, database=None, deadline=None)

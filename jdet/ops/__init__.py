@@ -19,7 +19,6 @@ from jdet.contract import Contract
 from jdet.ops.checks import check_attention, check_matmul, check_rms_norm, check_rope
 from jdet.pallas_kernels import OPS, implementation_of
 
-
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
     "matmul": ("leaves", "out_dtype"),
@@ -30,9 +29,7 @@ _STATIC = {
 
 @functools.cache
 def _op(name: str, implementation: str) -> Callable[..., Any]:
-    return jax.jit(
-        implementation_of(name, implementation), static_argnames=_STATIC.get(name, ())
-    )
+    return jax.jit(implementation_of(name, implementation), static_argnames=_STATIC.get(name, ()))
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -110,9 +107,7 @@ class Ops:
     ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
         """(norm of s, s) with s = x + residual (`pallas_kernels.rms_norm.reference`)."""
         check_rms_norm(x, weight, residual)
-        return _op("rms_norm", self.implementation)(
-            x, weight, eps=eps, residual=residual
-        )
+        return _op("rms_norm", self.implementation)(x, weight, eps=eps, residual=residual)
 
     def rope(
         self,
@@ -153,6 +148,4 @@ class Ops:
 
     def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
         """Log-probabilities over the vocabulary, in float32."""
-        return _op("log_softmax", self.implementation)(
-            logits.astype(jnp.float32)
-        )
+        return _op("log_softmax", self.implementation)(logits.astype(jnp.float32))

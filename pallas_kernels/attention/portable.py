@@ -141,9 +141,7 @@ def attention_tiled(
     def one_tile(args: tuple[Array, Array, Array]) -> Float[Array, "QT H D"]:
         row, q_tile, p_tile = args
         k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
-        out = attention_whole(
-            q_tile[None], k, v, p_tile[None], scale=scale, kv_split=kv_split
-        )
+        out = attention_whole(q_tile[None], k, v, p_tile[None], scale=scale, kv_split=kv_split)
         return out[0]
 
     rows = jnp.arange(batch * tiles) // tiles

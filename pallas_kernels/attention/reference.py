@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jdet.pallas_kernels.trees import wide_dtype
+
 
 def attention(
     q: Float[Array, "B T H D"],
@@ -26,7 +28,7 @@ def attention(
     """
     batch, length, heads, dim = q.shape
     kv_heads, cache_length = k_cache.shape[1:3]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q)
     high = lax.Precision.HIGHEST
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).astype(wide)
     m = jnp.full((batch, kv_heads, heads // kv_heads, length), -jnp.inf, wide)

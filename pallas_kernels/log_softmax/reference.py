@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdet.pallas_kernels.trees import wide_dtype
+
 
 def log_softmax(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
     """logits - m - log(sum(exp(logits - m))), m the row's maximum.
@@ -10,6 +12,6 @@ def log_softmax(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
     Tree: the exponentials are summed in float32 (float64 for float64 inputs) in the halving
     tree of `trees.tree_sum`. The result is (logits - m) - log(sum): two roundings.
     """
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    wide = wide_dtype(logits)
     shifted = logits.astype(wide) - logits.max(axis=-1, keepdims=True).astype(wide)
     return shifted - jnp.log(jnp.exp(shifted).sum(axis=-1, keepdims=True))

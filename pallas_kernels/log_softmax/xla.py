@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdet.pallas_kernels.trees import wide_dtype
+
 
 def log_softmax(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
     """logits - m - log(sum(exp(logits - m))), m the row's maximum.
 
     XLA owns the order of the sum.
     """
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    wide = wide_dtype(logits)
     shifted = logits.astype(wide) - logits.max(axis=-1, keepdims=True).astype(wide)
     return shifted - jnp.log(jnp.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,54 +1,103 @@
-"""WIP"""
+"""Matmul for Hopper in Pallas Mosaic GPU: one tree, many schedules.
+
+y[m, n] = sum over k of x[m, k] * w[n, k] (+ bias[n]), weights stored as checkpoints store
+them. bfloat16 or float16 operands.
+
+Tree (what the bits depend on):
+
+- K is cut into `leaves` equal parts. A part is one float32 accumulator of the tensor core,
+  fed 16 elements of K at a time, ascending, by `wgmma` with K = 16; a part whose length is
+  no multiple of 16 ends in zeros. The order inside the 16 belongs to the hardware.
+- The sums of the parts are added in a balanced binary tree of neighbours, in float32.
+- Then the bias is added in float32, and the result is rounded once to `out_dtype`.
+
+Nothing else touches an element: no split of K over blocks, no atomics, no second kernel.
+
+Schedules (what the bits do not depend on; `Schedule` in mosaic_gpu_schedules.py): tiles, the
+orientation, the pipeline's depth, the number of consumers, clusters, the order of the tiles.
+That a row of y has the same bits under every schedule and for every M was measured, not
+promised by a vendor: scripts/check_gpu.py repeats the measurement.
+
+- `normal`: x is wgmma's A (M side, 64 rows or more), w its B. Rows of x beyond M are not
+  read: the copy engine clips them, and rows of y beyond M are clipped by the store.
+- `swapped`: w is A, x is B with 8, 16, 32, ... rows; the accumulator holds y transposed,
+  and is transposed back on its way to shared memory (`stmatrix.trans` for 16-bit results).
+
+The kernel: a persistent grid of at most one block an SM walks the tiles of y. A producer
+warpgroup keeps a ring of `stages` buffers full: its warp 0 copies tiles of w, its warp 1
+tiles of x (`cp.async.bulk.tensor`, completion on one mbarrier a buffer), running ahead over
+the ends of tiles, so that one tile's epilogue hides the next one's first loads. One to three
+consumer warpgroups each own an accumulator in registers, leave one step's wgmmas in flight
+and hand a buffer back when the next step has been issued. In a cluster of `cm x cn` blocks,
+a tile of w is fetched once for the `cm` blocks that use it and multicast, a tile of x once
+for `cn`.
+
+Ragged edges: every dimension is clipped by the copy engine (zeros in, nothing out), K at the
+end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
+engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
+of 16 bits (one 128-byte swizzle row) both are the same bytes, so each buffer is a union of
+the two views. K / leaves must be a multiple of 8 (16-byte strides); N that is none is
+computed in a wider y and cut by XLA.
+
+Budget: shared memory = stages * bk * (bm + bn) * 2 bytes for the ring, and per consumer one
+or two buffers of 64 rows by 128 bytes (normal) or bm rows by 64 results (swapped) for the
+store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
+log2(leaves) + 1 for the partial sums, of 255 / 232 / 152 with 1 / 2 / 3 consumers.
+`Schedule.fits` checks both; ptxas reports no spill for any registered schedule.
+
+Sources: the PTX manual (wgmma, cp.async.bulk.tensor, mbarrier); JAX's Pallas Mosaic GPU guide
+and its Hopper matmul (jax/experimental/pallas/ops/gpu/hopper_matmul_mgpu.py) for the shape of a
+persistent warp-specialised kernel; CUTLASS's sm90 pipelines for releasing multicast buffers.
+"""
+
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import CHUNK, PRODUCER_REGISTERS as _PRODUCER_REGISTERS, SMS, Schedule
+from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
+    CHUNK,
+    PRODUCER_REGISTERS,
+    SMS,
+    Schedule,
+    default_schedule,
+    schedules,
+)
+
+__all__ = ["Schedule", "default_schedule", "matmul", "schedules"]
+
+_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
-def _balanced(leaf_sum, first, leaves, shape):
-    """Leaves first .. first + leaves - 1, added in a balanced binary tree of neighbours.
+def _two_views(shape: tuple[int, ...], dtype: DTypeLike, interpret: bool) -> Any:
+    """A buffer as the copy engine sees it (untiled) and as registers and wgmma do (tiled).
 
-    Loops of two, so that only one partial sum a level is alive. A sum that started at +0 is
-    never -0, hence adding the first half to +0 changes no bit.
+    Interpret mode knows no transforms, and keeps the members of a union apart: there both
+    views are one plain buffer.
     """
-    if leaves == 1:
-        return leaf_sum(first)
-
-    def add(i, total):
-        half = leaves // 2
-        return total + _balanced(leaf_sum, first + i * half, half, shape)
-
-    zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(0, 2, add, zero)
-
-
-def _views(shape, dtype, interpret):
-    """One buffer seen twice: by the copy engine (untiled) and by registers and wgmma (tiled)."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
     width = swizzle // itemsize
-    tiling = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle))
-    tiled = plgpu.SMEM(shape, dtype, transforms=tiling)
+    row = plgpu.SwizzleTransform(swizzle)
+    tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), row))
     if interpret:
         return tiled
     if shape[-1] > width:
         *lead, rows, cols = shape
         shape = (*lead, rows // 8, cols // width, 8, width)
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(swizzle),)), tiled
-    )
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(row,)), tiled)
 
 
-def _put(src, dst, row, col):
-    """Starts the copies of `src` to `dst` at (row, col); what lies outside of `dst` is dropped."""
+def _put(src: Any, dst: Any, row: jax.Array, col: jax.Array) -> None:
+    """Starts the copy of `src` to `dst` at (row, col); what lies outside of `dst` is dropped."""
     if len(src.shape) == 2:
-        plgpu.copy_smem_to_gmem(src, dst.at[pl.ds(row, src.shape[0]), pl.ds(col, src.shape[1])])
+        rows, cols = src.shape
+        plgpu.copy_smem_to_gmem(src, dst.at[pl.ds(row, rows), pl.ds(col, cols)])
         return
     down, across, rows, cols = src.shape
     for i in range(down):
@@ -58,182 +107,194 @@ def _put(src, dst, row, col):
             plgpu.copy_smem_to_gmem(src.at[i, j], to, commit_group=last)
 
 
-def _kernel(x_g, w_g, *rest, s: Schedule, leaves, has_bias, interpret):
-    bias_g, o_g = rest if has_bias else (None, rest[0])
-    m, n = o_g.shape
-    per_leaf = x_g.shape[-1]
-    kc = s.bk // CHUNK
-    leaf_steps = pl.cdiv(per_leaf, s.bk)
-    steps = leaves * leaf_steps
-    mt, nt = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.bn * s.cn)
-    tiles = mt * nt
-    out_dtype = o_g.dtype
-    itemsize = jnp.dtype(out_dtype).itemsize
-    rows, cols = s.wg_tile
-    och_m, och_n = s.stage_tile(itemsize)
-    slots = s.store_slots(itemsize)
-    # Rows of x worth fetching; the rest of the tile is never read from memory, and what
-    # shared memory happens to hold there only reaches rows of y that do not exist.
-    part = 8 * s.cn
-    fetch_m = s.bm if mt > 1 or s.cm > 1 else min(s.bm, pl.cdiv(m, part) * part)
-    clustered = s.cm * s.cn > 1
-    if clustered:
-        axes = tuple(a for a, size in (("cm", s.cm), ("cn", s.cn)) if size > 1)
-        empty_type = plgpu.ClusterBarrier(
-            collective_axes=axes, num_arrivals=s.wgs, num_barriers=s.stages)
-    else:
-        empty_type = plgpu.Barrier(num_arrivals=s.wgs, num_barriers=s.stages)
+def _balanced(leaf_sum: Any, first: jax.Array, leaves: int, shape: tuple[int, int]) -> jax.Array:
+    """Leaves first .. first + leaves - 1, added in a balanced binary tree of neighbours.
 
-    def scope(x_s, w_s, o_s, full, empty):
-        (x_c, x_w) = (x_s, x_s) if interpret else x_s
-        (w_c, w_w) = (w_s, w_s) if interpret else w_s
-        (o_c, o_w) = (o_s, o_s) if interpret else o_s
+    Loops of two, so that one partial sum a level is alive and the compiler cannot put the
+    additions off. They start from -0, to which adding changes no bit of anything.
+    """
+    if leaves == 1:
+        return leaf_sum(first)
+
+    def add(i, total):
+        half = leaves // 2
+        return total + _balanced(leaf_sum, first + i * half, half, shape)
+
+    nothing = plgpu.layout_cast(jnp.full(shape, -0.0, jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, 2, add, nothing)
+
+
+def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
+    """The whole kernel; refs are x, w, bias if there is one, y."""
+    x_g, w_g, *bias_g, y_g = refs
+    m, n = y_g.shape
+    out_dtype, out_size = y_g.dtype, jnp.dtype(y_g.dtype).itemsize
+    chunks = s.bk // CHUNK
+    leaf_steps = pl.cdiv(x_g.shape[-1], s.bk)
+    steps = leaves * leaf_steps
+    m_tiles, n_tiles = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.bn * s.cn)
+    rows, cols = s.wg_tile
+    put_rows, put_cols = s.stage_tile(out_size)
+    slots = s.store_slots(out_size)
+    # Rows of x worth fetching. What shared memory happens to hold in the others of its tile
+    # only reaches rows of y that do not exist.
+    part = 8 * s.cn
+    x_rows = min(s.bm, pl.cdiv(m, part) * part) if m_tiles * s.cm == 1 else s.bm
+    barrier = functools.partial(plgpu.Barrier, num_barriers=s.stages)
+    empty_barrier = barrier
+    if s.cm * s.cn > 1:
+        shared = tuple(a for a, size in (("cm", s.cm), ("cn", s.cn)) if size > 1)
+        empty_barrier = functools.partial(
+            plgpu.ClusterBarrier, collective_axes=shared, num_barriers=s.stages
+        )
+
+    def scope(x_s, w_s, y_s, full, empty):
+        (x_in, x_mma), (w_in, w_mma), (y_out, y_reg) = (
+            (b, b) if interpret else b for b in (x_s, w_s, y_s)
+        )
         wg = lax.axis_index("wg")
-        cluster = lax.axis_index("cluster")
-        local = lax.div(tiles - cluster + lax.axis_size("cluster") - 1, lax.axis_size("cluster"))
+        cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
+        local_tiles = lax.div(m_tiles * n_tiles - cluster + clusters - 1, clusters)
 
         def tile_origin(t):
-            q = cluster + t * lax.axis_size("cluster")
-            if mt == 1:
-                mi, ni = jnp.int32(0), q
+            at = cluster + t * clusters
+            if m_tiles == 1:
+                mi, ni = jnp.int32(0), at
             else:
-                mi, ni = plgpu.planar_snake(q, (mt, nt), 0, s.group)
-            m0 = (mi * s.cm + (lax.axis_index("cm") if s.cm > 1 else 0)) * s.bm
-            n0 = (ni * s.cn + (lax.axis_index("cn") if s.cn > 1 else 0)) * s.bn
-            return m0, n0
+                mi, ni = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, s.group)
+            mi = mi * s.cm + (lax.axis_index("cm") if s.cm > 1 else 0)
+            ni = ni * s.cn + (lax.axis_index("cn") if s.cn > 1 else 0)
+            return mi * s.bm, ni * s.bn
 
         def produce():
             if s.wgs > 1:
-                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            total = local * steps
+                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def load(src, dst, size, origin, axis):
+            def load(src, dst, size, side, axis):
                 def tile(t, _):
-                    row = tile_origin(t)[origin]
+                    row = tile_origin(t)[side]
 
                     def step(i, _):
-                        it = t * steps + i
-                        slot = lax.rem(it, s.stages)
+                        at = t * steps + i
+                        slot = lax.rem(at, s.stages)
 
-                        @pl.when(it >= s.stages)
+                        @pl.when(at >= s.stages)
                         def _():
                             plgpu.barrier_wait(empty.at[slot])
 
-                        for c in range(kc):
-                            if leaves > 1:
-                                leaf = lax.div(i, leaf_steps)
-                                k0 = (i - leaf * leaf_steps) * s.bk + c * CHUNK
-                                at = (leaf, pl.ds(k0, CHUNK))
-                            else:
-                                at = (pl.ds(i * s.bk + c * CHUNK, CHUNK),)
+                        leaf = lax.div(i, leaf_steps)
+                        for c in range(chunks):
+                            k0 = (i - leaf * leaf_steps) * s.bk + c * CHUNK
+                            k_part = (leaf, pl.ds(k0, CHUNK)) if leaves > 1 else (pl.ds(k0, CHUNK),)
                             plgpu.copy_gmem_to_smem(
-                                src.at[(pl.ds(row, size), *at)], dst.at[slot, c, pl.ds(0, size)],
-                                full.at[slot], collective_axes=axis)
-                        return None
+                                src.at[(pl.ds(row, size), *k_part)],
+                                dst.at[slot, c, pl.ds(0, size)],
+                                full.at[slot],
+                                collective_axes=axis,
+                            )
 
                     lax.fori_loop(0, steps, step, None)
 
-                lax.fori_loop(0, local, tile, None)
+                lax.fori_loop(0, local_tiles, tile, None)
 
-                def drain(it, _):
-                    plgpu.barrier_wait(empty.at[lax.rem(it, s.stages)])
-                    return None
+                # A block may not end while others of its cluster can still signal it.
+                def drain(at, _):
+                    plgpu.barrier_wait(empty.at[lax.rem(at, s.stages)])
 
+                total = local_tiles * steps
                 lax.fori_loop(lax.max(total - s.stages, 0), total, drain, None)
 
             @plgpu.warp_map
             def _(warp):
                 @pl.when(warp == 0)
                 def _():
-                    load(w_g, w_c, s.bn, 1, "cm" if s.cm > 1 else None)
+                    load(w_g, w_in, s.bn, 1, "cm" if s.cm > 1 else None)
 
                 @pl.when(warp == 1)
                 def _():
-                    load(x_g, x_c, fetch_m, 0, "cn" if s.cn > 1 else None)
+                    load(x_g, x_in, x_rows, 0, "cn" if s.cn > 1 else None)
+
+        def operands(slot, c):
+            a, b = (x_mma, w_mma) if s.kind == "normal" else (w_mma, x_mma)
+            if s.split == "m":
+                return a.at[slot, c, pl.ds(wg * rows, rows)], b.at[slot, c]
+            return a.at[slot, c], b.at[slot, c, pl.ds(wg * cols, cols)]
 
         def consume():
             if s.wgs > 1:
                 plgpu.set_max_registers(s.consumer_registers, action="increase")
 
             def tile(t, _):
-                m0, n0 = tile_origin(t)
-
                 def leaf_sum(leaf):
-                    base = t * steps + leaf * leaf_steps
+                    begin = t * steps + leaf * leaf_steps
 
                     def accumulate(acc):
                         def step(i, _):
-                            slot = lax.rem(base + i, s.stages)
+                            slot = lax.rem(begin + i, s.stages)
                             plgpu.barrier_wait(full.at[slot])
-                            for c in range(kc):
-                                a, b = (x_w, w_w) if s.kind == "normal" else (w_w, x_w)
-                                if s.split == "m":
-                                    a = a.at[slot, c, pl.ds(wg * rows, rows)]
-                                    b = b.at[slot, c]
-                                else:
-                                    a = a.at[slot, c]
-                                    b = b.at[slot, c, pl.ds(wg * cols, cols)]
+                            for c in range(chunks):
+                                a, b = operands(slot, c)
                                 plgpu.wgmma(acc, a, b.transpose((1, 0)))
-                            plgpu.wgmma_wait(kc)
+                            plgpu.wgmma_wait(chunks)
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(empty.at[lax.rem(base + i - 1, s.stages)])
-                            return None
+                                plgpu.barrier_arrive(empty.at[lax.rem(begin + i - 1, s.stages)])
 
                         lax.fori_loop(0, leaf_steps, step, None)
                         return acc[...]
 
                     value = pl.run_scoped(accumulate, plgpu.ACC((rows, cols), jnp.float32))
-                    plgpu.barrier_arrive(empty.at[lax.rem(base + leaf_steps - 1, s.stages)])
+                    plgpu.barrier_arrive(empty.at[lax.rem(begin + leaf_steps - 1, s.stages)])
                     return value
 
-                value = _balanced(leaf_sum, jnp.int32(0), leaves, (rows, cols))
-                store(value, m0, n0)
-                return None
+                store(_balanced(leaf_sum, jnp.int32(0), leaves, (rows, cols)), *tile_origin(t))
 
-            lax.fori_loop(0, local, tile, None)
+            lax.fori_loop(0, local_tiles, tile, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def store(value, m0, n0):
-            a0 = wg * rows if s.split == "m" else 0
-            b0 = wg * cols if s.split == "n" else 0
-            m0, n0 = (m0 + a0, n0 + b0) if s.kind == "normal" else (m0 + b0, n0 + a0)
-            if bias_g is not None:
-                dim = 1 if s.kind == "normal" else 0
-                bias = plgpu.load(
-                    bias_g.at[pl.ds(n0, value.shape[dim])],
-                    layout=plgpu.Layout.WGMMA.reduce(1 - dim), optimized=False)
-                value = value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, (dim,))
+            m_side = 0 if s.kind == "normal" else 1
+            offsets = (wg * rows, 0) if s.split == "m" else (0, wg * cols)
+            m0, n0 = m0 + offsets[m_side], n0 + offsets[1 - m_side]
+            if bias_g:
+                along = plgpu.Layout.WGMMA.reduce(m_side)
+                at = bias_g[0].at[pl.ds(n0, value.shape[1 - m_side])]
+                bias = plgpu.load(at, layout=along, optimized=False).astype(jnp.float32)
+                value = value + lax.broadcast_in_dim(bias, value.shape, (1 - m_side,))
             value = value.astype(out_dtype)
             if s.kind == "normal":
-                pieces = [(r, c) for r in range(0, rows, och_m) for c in range(0, cols, och_n)]
+                pieces = [
+                    (r, c) for r in range(0, rows, put_rows) for c in range(0, cols, put_cols)
+                ]
             else:
-                pieces = [(0, c) for c in range(0, rows, och_n)]
+                pieces = [(0, c) for c in range(0, rows, put_cols)]
             for i, (r, c) in enumerate(pieces):
-                slot = i % slots
                 plgpu.wait_smem_to_gmem(slots - 1 if i else 0, wait_read_only=True)
                 if s.kind == "normal":
-                    o_w.at[wg, slot][...] = value[r : r + och_m, c : c + och_n]
+                    y_reg.at[wg, i % slots][...] = value[r : r + put_rows, c : c + put_cols]
                 else:
-                    piece = plgpu.layout_cast(value[c : c + och_n], plgpu.Layout.WGMMA_TRANSPOSED) if itemsize == 4 else value[c : c + och_n]
-                    o_w.at[wg, slot].transpose((1, 0))[...] = piece
+                    piece = value[c : c + put_cols]
+                    if out_size == 4:  # 16-bit results are transposed by stmatrix
+                        piece = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
+                    y_reg.at[wg, i % slots].transpose((1, 0))[...] = piece
                 plgpu.commit_smem()
-                _put(o_c.at[wg, slot], o_g, m0 + r, n0 + c)
+                _put(y_out.at[wg, i % slots], y_g, m0 + r, n0 + c)
 
         lax.cond(wg == s.wgs, produce, consume)
 
     pl.run_scoped(
         scope,
-        x_s=_views((s.stages, kc, s.bm, CHUNK), x_g.dtype, interpret),
-        w_s=_views((s.stages, kc, s.bn, CHUNK), x_g.dtype, interpret),
-        o_s=_views((s.wgs, slots, och_m, och_n), out_dtype, interpret),
-        full=plgpu.Barrier(num_arrivals=2 * kc, num_barriers=s.stages),
-        empty=empty_type,
+        x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
+        w_s=_two_views((s.stages, chunks, s.bn, CHUNK), x_g.dtype, interpret),
+        y_s=_two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
+        full=barrier(num_arrivals=2 * chunks),
+        empty=empty_barrier(num_arrivals=s.wgs),
         collective_axes="wg",
     )
 
 
+# Behind its own jit, so that a model lowers each shape once and not once a layer.
 @functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "interpret"))
 def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
     m, k = x.shape
@@ -241,25 +302,75 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
     if leaves > 1:
         x = x.reshape(m, leaves, k // leaves)
         w = w.reshape(n, leaves, k // leaves)
-    tiles = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(n, s.bn * s.cn)
+    lane = 16 // out_dtype.itemsize
+    wide = pl.cdiv(n, lane) * lane  # rows of y must start at multiples of 16 bytes
+    args = (x, w)
     if bias is not None:
-        bias = jnp.pad(bias, (0, -n % (s.bn * s.cn)))
-    body = functools.partial(
-        _kernel, s=s, leaves=leaves, has_bias=bias is not None, interpret=bool(interpret))
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(min(tiles, SMS // (s.cm * s.cn)),),
+        args += (jnp.pad(bias, (0, -n % (s.bn * s.cn))),)
+    clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.bn * s.cn)
+    clustered = s.cm * s.cn > 1
+    y = plgpu.kernel(
+        functools.partial(_kernel, s=s, leaves=leaves, interpret=bool(interpret)),
+        out_type=jax.ShapeDtypeStruct((m, wide), out_dtype),
+        grid=(min(clusters, SMS // (s.cm * s.cn)),),
         grid_names=("cluster",),
-        cluster=(s.cn, s.cm) if s.cm * s.cn > 1 else (),
-        cluster_names=("cn", "cm") if s.cm * s.cn > 1 else (),
+        cluster=(s.cn, s.cm) if clustered else (),
+        cluster_names=("cn", "cm") if clustered else (),
         num_threads=s.wgs + 1,
         thread_name="wg",
+        kernel_name="jdet_matmul",
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or None,
-    )
-    return kernel(*((x, w) if bias is None else (x, w, bias)))
+    )(*args)
+    return y[:, :n] if wide > n else y
 
 
-def matmul(x, w, *, bias=None, leaves=1, out_dtype=None, schedule=None, interpret=False):
-    return _matmul(x, w, bias, leaves=leaves, out_dtype=jnp.dtype(out_dtype or x.dtype), s=schedule, interpret=interpret)
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    leaves: int = 1,
+    out_dtype: DTypeLike | None = None,
+    schedule: Schedule | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """y[M, N] = x[M, K] @ w[N, K]^T + bias[N]; see the module for the tree.
+
+    Args:
+      x: [M, K], bfloat16 or float16.
+      w: [N, K], of x's dtype.
+      bias: [N], any float dtype; added in float32.
+      leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
+      out_dtype: x's dtype unless given; a 16-bit float or float32.
+      schedule: how to walk the tree; by shape unless given. Never changes the result.
+      interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
+
+    Raises:
+      ValueError: shapes or dtypes that do not go together.
+      NotImplementedError: this backend cannot compute them; the message says which part.
+    """
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x [M, K] and w [N, K] must share K, got {x.shape} and {w.shape}")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x and w must share a dtype, got {x.dtype} and {w.dtype}")
+    (m, k), n = x.shape, w.shape[0]
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must have shape {(n,)} for w {w.shape}, got {bias.shape}")
+    if leaves < 1 or leaves & (leaves - 1) or k % leaves:
+        raise ValueError(f"leaves must be a power of two that divides K = {k}, got {leaves}")
+    out = jnp.dtype(out_dtype or x.dtype)
+    if x.dtype not in _OPERANDS:
+        raise NotImplementedError(f"mosaic_gpu matmul takes bfloat16 or float16, got {x.dtype}")
+    if out not in (*_OPERANDS, jnp.dtype(jnp.float32)):
+        raise NotImplementedError(f"mosaic_gpu matmul cannot write {out}")
+    if k == 0 or (k // leaves) % 8:
+        raise NotImplementedError(
+            f"mosaic_gpu matmul needs K / leaves in multiples of 8, got {k} / {leaves}"
+        )
+    if m == 0 or n == 0:
+        return jnp.zeros((m, n), out)
+    s = schedule or default_schedule(m, n, k, x.dtype, leaves)
+    if not s.fits(leaves, out.itemsize):
+        raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
+    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, interpret=interpret)

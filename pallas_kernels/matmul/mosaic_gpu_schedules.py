@@ -9,7 +9,6 @@ says how the one tree is walked, not what it is. Every schedule that
 import dataclasses
 import math
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 SMS = 132  # of an H100 or H200 SXM; the grid never exceeds it. Speed only.
@@ -119,3 +118,66 @@ def _deep(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) 
     while not Schedule(kind, bm, bn, stages, bk, **rest).smem_bytes(4) <= _SMEM_BYTES:
         stages -= 1
     return Schedule(kind, bm, bn, stages, bk, **rest)
+
+
+# Every schedule that may run. Decode tiles first (one row of tiles over M), then prefill's.
+_REGISTERED = (
+    _deep("normal", 64, 32),
+    _deep("normal", 64, 32, bk=128),
+    _deep("normal", 64, 32, cn=2),
+    _deep("normal", 64, 32, cn=4),
+    _deep("normal", 64, 48),
+    _deep("normal", 64, 48, cn=2),
+    _deep("normal", 64, 64),
+    _deep("normal", 64, 96, cn=2),
+    _deep("normal", 64, 128),
+    _deep("normal", 64, 192),
+    _deep("normal", 64, 192, wgs=2, split="n"),
+    _deep("swapped", 8, 64),
+    _deep("swapped", 16, 64),
+    _deep("swapped", 16, 128, wgs=2),
+    _deep("swapped", 32, 192, wgs=3),
+    _deep("swapped", 64, 64, cn=2),
+    _deep("swapped", 128, 128, wgs=2),
+    _deep("normal", 128, 32, wgs=2, cn=2),
+    _deep("normal", 128, 32, wgs=2, cn=4),
+    _deep("normal", 128, 48, wgs=2, cn=2),
+    _deep("normal", 128, 64, wgs=2, cn=2),
+    _deep("normal", 128, 64, wgs=2, cm=2, cn=2),
+    _deep("normal", 128, 96, wgs=2, cm=2, group=8),
+    _deep("normal", 128, 96, wgs=2, cm=2, cn=2),
+    _deep("normal", 128, 128, wgs=2),
+    _deep("normal", 128, 192, wgs=2),
+    _deep("normal", 128, 192, wgs=2, cm=2, group=4),
+    _deep("normal", 128, 256, wgs=2, group=8),
+    _deep("normal", 128, 256, wgs=2, cm=2, group=4),
+    _deep("normal", 256, 128, wgs=2, cn=2, group=4),
+    _deep("normal", 256, 192, wgs=2, cn=2),
+)
+
+
+def schedules(
+    m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1, out_size: int = 4
+) -> tuple[Schedule, ...]:
+    """Every registered schedule that can compute [m, k] x [n, k]: all of them give the same bits.
+
+    Any tile can walk any shape; registers limit them by `leaves`, and shared memory by the
+    size of the result's elements.
+    """
+    del m, n, k, dtype
+    return tuple(s for s in _REGISTERED if s.fits(leaves, out_size))
+
+
+def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) -> Schedule:
+    """The schedule to use for a shape. Speed only."""
+    del dtype, k
+    fit = [s for s in _REGISTERED if s.fits(leaves)]
+    bm = 64 if m <= 64 else 128
+    rows = [s for s in fit if s.kind == "normal" and (s.bm == bm or m > 128)]
+
+    def cost(s):
+        tiles = math.ceil(m / (s.bm * s.cm)) * math.ceil(n / (s.bn * s.cn))
+        waves = math.ceil(tiles / (SMS // (s.cm * s.cn)))
+        return waves * s.bn * s.bm, -s.bn
+
+    return min(rows, key=cost)

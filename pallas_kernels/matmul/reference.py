@@ -5,7 +5,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jdet.pallas_kernels.trees import balanced_sum
+from jdet.pallas_kernels.trees import balanced_sum, wide_dtype
 
 
 def matmul(
@@ -22,7 +22,7 @@ def matmul(
     float32 (float64 for float64 inputs); the part sums are added in a balanced binary
     tree of neighbours; the bias is added; one rounding to `out_dtype` (x's dtype).
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x)
     parts = [
         jnp.einsum("mk,nk->mn", xs.astype(wide), ws.astype(wide), precision=lax.Precision.HIGHEST)
         for xs, ws in zip(jnp.split(x, leaves, axis=1), jnp.split(w, leaves, axis=1), strict=True)

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jdet.pallas_kernels.trees import wide_dtype
+
 
 def rms_norm(
     x: Float[Array, "*rows D"],
@@ -17,7 +19,7 @@ def rms_norm(
     inputs) in the halving tree of `trees.tree_sum`; one rounding of the product at the end.
     Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x)
     s = x if residual is None else (x.astype(wide) + residual.astype(wide)).astype(x.dtype)
     v = s.astype(wide)
     scale = 1 / jnp.sqrt(jnp.mean(v * v, axis=-1, keepdims=True) + eps)

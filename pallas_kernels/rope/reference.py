@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jdet.pallas_kernels.trees import wide_dtype
+
 
 def rope(
     x: Float[Array, "B T H D"],
@@ -16,7 +18,7 @@ def rope(
     is computed outside (`models.decoder.rope_table`, in float64): no sine or cosine runs on
     the device. Su et al., "RoFormer", arXiv:2104.09864; halves as in Hugging Face's Llama.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x)
     at = jnp.maximum(positions, 0)
     c, s = cos.astype(wide)[at][:, :, None], sin.astype(wide)[at][:, :, None]
     low, high = jnp.split(x.astype(wide), 2, axis=-1)

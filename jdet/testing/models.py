@@ -1,0 +1,42 @@
+"""Shapes for tests: few layers, but the widths of a real model."""
+
+from typing import Any, Literal
+
+
+def small_config(
+    family: Literal["llama", "qwen3"] = "llama", *, layers: int = 2, vocab_size: int = 1536
+) -> dict[str, Any]:
+    """A config.json dictionary with SmolLM2's widths (llama) or narrow Qwen3 ones.
+
+    The widths are real because which kernel a library picks follows them: a model of width
+    16 would pass on a build that fails for every model people use.
+    """
+    common = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+    }
+    if family == "llama":
+        return {
+            **common,
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "rope_theta": 1e5,
+            "tie_word_embeddings": True,
+        }
+    return {
+        **common,
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }

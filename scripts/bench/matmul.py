@@ -1,0 +1,205 @@
+"""Matmul on a GPU: ours, plain XLA (autotuned), and the floor, for Qwen3-8B's shapes.
+
+    python scripts/bench/matmul.py --json results.json             # the table
+    python scripts/bench/matmul.py --sweep --json sweep.json       # every plausible schedule
+
+Device time by CUPTI, weights rotated over at least 250 MB, medians. Programs are compiled in
+`--jobs` processes side by side; one process at a time uses the GPU, under a lock.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+OPS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (24576, 4096),
+    "down": (4096, 12288),
+    "lm_head": (151936, 4096),
+}
+MS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+LOCK = None
+
+
+def _start(lock):
+    global LOCK
+    LOCK = lock
+
+
+def _inputs(m, n, k, copies):
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def draw(key):
+        kx, kw = jax.random.split(key)
+        x = jax.random.normal(kx, (m, k), jnp.bfloat16)
+        return x, jax.random.normal(kw, (n, k), jnp.bfloat16) * 0.02
+
+    pairs = [draw(jax.random.key(i)) for i in range(copies)]
+    return [p[0] for p in pairs], [p[1] for p in pairs]
+
+
+def run_job(job):
+    """One row: {op, m, n, k, schedule, us} or {..., error}."""
+    import jax
+    import timing
+    from jax import lax
+
+    from jdet.pallas_kernels.matmul import mosaic_gpu
+
+    op, m, which = job
+    n, k = OPS[op]
+    copies = timing.copies_for(2 * n * k)
+    row = {"op": op, "m": m, "n": n, "k": k, "schedule": str(which)}
+
+    def ours(xs, ws):
+        return [mosaic_gpu.matmul(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
+
+    def xla(xs, ws):
+        dims = (((1,), (1,)), ((), ()))
+        return [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
+
+    try:
+        start = time.perf_counter()
+        shapes = [[jax.ShapeDtypeStruct(s, "bfloat16")] * copies for s in ((m, k), (n, k))]
+        if which == "xla":
+            with LOCK:  # autotuning measures
+                f = jax.jit(xla).lower(*shapes).compile()
+        else:
+            f = jax.jit(ours).lower(*shapes).compile()
+        row["compile_s"] = round(time.perf_counter() - start, 2)
+        with LOCK:
+            args = _inputs(m, n, k, copies)
+            jax.block_until_ready(args)
+            row["us"] = round(timing.device_us(f, *args) / copies, 3)
+            del args
+    except Exception as e:  # reported in the row: one bad schedule must not end the sweep
+        row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
+    return row
+
+
+def ceilings(_):
+    import timing
+
+    with LOCK:
+        return timing.copy_rate(), timing.matrix_rate(), timing.environment()
+
+
+def plausible(s, m):
+    """Whether `--sweep` should spend time on schedule `s` at M = m."""
+    if s.kind == "swapped":
+        return m <= s.bm <= max(16, 2 * m) and m <= 64
+    if m <= 64:
+        return s.bm == 64
+    if m <= 128:
+        return s.bm == 128 and s.cm == 1
+    if m <= 256:
+        return s.bm * s.cm in (128, 256) and (s.bn >= 48)
+    return s.bm * s.bn >= 128 * 128
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="time every plausible schedule")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--ops", nargs="*", default=list(OPS))
+    parser.add_argument("--ms", nargs="*", type=int, default=list(MS))
+    parser.add_argument(
+        "--limit", type=float, default=480, help="seconds until it reports what it has"
+    )
+    args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from jdet.pallas_kernels.matmul import mosaic_gpu_schedules as sched
+
+    jobs = []
+    chosen = {}
+    for op in args.ops:
+        n, k = OPS[op]
+        for m in args.ms:
+            best = sched.default_schedule(m, n, k, "bfloat16")
+            chosen[op, m] = str(best)
+            these = [best]
+            if args.sweep:
+                these += [
+                    s
+                    for s in sched.schedules(m, n, k, "bfloat16", 1, 2)
+                    if plausible(s, m) and s != best
+                ]
+            jobs += [(op, m, s) for s in these] + [(op, m, "xla")]
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    end = time.monotonic() + args.limit
+    rows, missing = [], 0
+    pool = context.Pool(args.jobs, _start, (lock,))
+    copy, matrix, env = pool.apply(ceilings, (None,))
+    results = pool.imap_unordered(run_job, jobs)
+    for _ in jobs:
+        try:
+            rows.append(results.next(timeout=max(1.0, min(120.0, end - time.monotonic()))))
+        except multiprocessing.TimeoutError:
+            missing = len(jobs) - len(rows)
+            break
+    pool.terminate()
+
+    table, ratios = [], []
+    for op in args.ops:
+        for m in args.ms:
+            n, k = OPS[op]
+            got = [r for r in rows if (r["op"], r["m"]) == (op, m) and "us" in r]
+            xla = [r["us"] for r in got if r["schedule"] == "xla"]
+            timed = sorted((r["us"], r["schedule"]) for r in got if r["schedule"] != "xla")
+            ours = [us for us, name in timed if name == chosen[op, m]]
+            if not (xla and ours):
+                continue
+            nbytes = 2 * (n * k + m * k + m * n)
+            floor = max(nbytes / copy, 2 * m * n * k / matrix) * 1e6
+            row = {
+                "op": op,
+                "shape": [m, n, k],
+                "schedule": chosen[op, m],
+                "ours_us": ours[0],
+                "xla_us": xla[0],
+                "floor_us": round(floor, 3),
+                "ratio": round(ours[0] / xla[0], 4),
+            }
+            if args.sweep:
+                row["sweep"] = timed
+            table.append(row)
+            ratios.append(row["ratio"])
+            extra = "  ".join(f"{name}:{us:.1f}" for us, name in timed[:4]) if args.sweep else ""
+            print(
+                f"{op:8} {m:5} {ours[0]:9.2f} {xla[0]:9.2f} {floor:9.2f} {row['ratio']:7.3f}"
+                f" {chosen[op, m]}  {extra}"
+            )
+    errors = [r for r in rows if "error" in r]
+    for r in errors:
+        print("ERROR", r["op"], r["m"], r["schedule"], r["error"])
+    geomean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
+    print(f"geomean {geomean:.4f}  worst {max(ratios, default=math.nan):.4f}  not run {missing}")
+    print(f"copy {copy / 1e12:.3f} TB/s  matrix {matrix / 1e12:.1f} TFLOP/s  {env['device']}")
+    if args.json:
+        out = {
+            **env,
+            "copy_bytes_per_s": copy,
+            "matrix_flops_per_s": matrix,
+            "geomean": geomean,
+            "method": "CUPTI device time, median of 7, weights rotated over >= 250 MB",
+            "rows": table,
+            "errors": errors,
+            "not_run": missing,
+        }
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
