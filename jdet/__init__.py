@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from jdet.compiler import compiler_options as compiler_options
     from jdet.compiler import jit as jit
     from jdet.contract import Contract as Contract
+    from jdet.decoding import generate_tokens as generate_tokens
     from jdet.generation import Completion as Completion
     from jdet.generation import generate as generate
-    from jdet.generation import generate_tokens as generate_tokens
     from jdet.models.load import load as load
     from jdet.models.load import random_model as random_model
     from jdet.ops import Ops as Ops
@@ -29,7 +29,7 @@ _HOME = {
     "SamplingParams": "jdet.sampling",
     "compiler_options": "jdet.compiler",
     "generate": "jdet.generation",
-    "generate_tokens": "jdet.generation",
+    "generate_tokens": "jdet.decoding",
     "jit": "jdet.compiler",
     "load": "jdet.models.load",
     "random_model": "jdet.models.load",

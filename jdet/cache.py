@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32
 
 
@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
 
 
 def create_cache(
-    config: CacheShape, batch_size: int, length: int, dtype: DTypeLike, fill: float = 0.0
+    config: CacheShape, batch_size: int, length: int, dtype: DTypeLike, fill: ArrayLike = 0.0
 ) -> KVCache:
     """A cache of `length` slots a row, every element `fill` (NaN to poison unused slots)."""
     shape = (batch_size, config.num_key_value_heads, length, config.head_dim)

@@ -86,8 +86,12 @@ def _is_int(value: object) -> bool:
 
 
 def _check_number(name: str, value: object, allowed: str, holds: Callable[[float], bool]) -> None:
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(float(value)) or not holds(float(value)):
+    if (
+        not isinstance(value, int | float | np.integer | np.floating)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not holds(float(value))
+    ):
         raise ValueError(f"{name}={value!r}; allowed: {allowed}")
 
 

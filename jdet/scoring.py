@@ -10,7 +10,8 @@ from jaxtyping import Array, Float32, Int32
 
 from jdet.cache import create_cache
 from jdet.compiler import check_environment, jit
-from jdet.generation import Decoder, LanguageModel, _bucket, _round_up, prompt_positions
+from jdet.decoding import Decoder, prompt_positions, round_up
+from jdet.generation import LanguageModel, bucket
 from jdet.ops import Ops
 
 # Rows whose logits are held at a time: [rows, vocabulary] float32.
@@ -26,14 +27,14 @@ def score_tokens(
     time, so that memory does not grow with the batch.
     """
     batch, length = tokens.shape
-    cache_length = _round_up(length, ops.contract.kv_split)
+    cache_length = round_up(length, ops.contract.kv_split)
     cache = create_cache(decoder.config, batch, cache_length, decoder.dtype)
     hidden, _ = decoder(tokens, prompt_positions(tokens, lengths), cache, ops)
     # Position t is predicted from the hidden state at t - 1.
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = tokens[:, 1:].reshape(-1)
     count = rows.shape[0]
-    padded = _round_up(count, LOGIT_ROWS)
+    padded = round_up(count, LOGIT_ROWS)
     rows = jnp.pad(rows, ((0, padded - count), (0, 0))).reshape(-1, LOGIT_ROWS, rows.shape[-1])
     targets = jnp.pad(targets, (0, padded - count)).reshape(-1, LOGIT_ROWS)
 
@@ -79,7 +80,7 @@ def score(
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         padded = np.zeros(
-            (_bucket(len(chosen), 1), _bucket(max(len(tokens[i]) for i in chosen), 16)), np.int32
+            (bucket(len(chosen), 1), bucket(max(len(tokens[i]) for i in chosen), 16)), np.int32
         )
         for row, i in zip(padded, chosen, strict=False):
             row[: len(tokens[i])] = tokens[i]

@@ -11,7 +11,9 @@ import jdet
 # In an editable install, jdet.models and jdet.pallas_kernels come from a finder that the
 # hook below cannot wrap. With the root on jdet's path, Python's own finder has them first.
 jdet.__path__.append(str(pathlib.Path(__file__).parents[1]))
-jaxtyping.install_import_hook(["jdet"], "beartype.beartype")
+# The modules that take and give arrays; user input has checks of its own, with messages.
+CHECKED = ("cache", "decoding", "models", "ops", "pallas_kernels", "rng", "scoring")
+jaxtyping.install_import_hook([f"jdet.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

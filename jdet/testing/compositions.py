@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jdet.compiler import jit
-from jdet.generation import GeneratedTokens, LanguageModel, generate_tokens
+from jdet.decoding import GeneratedTokens, generate_tokens
+from jdet.generation import LanguageModel
 from jdet.ops import Ops
 from jdet.sampling import SamplingParams, sampling_arrays
 
@@ -77,6 +78,55 @@ def _jitted(ops: Ops, max_tokens: int) -> Callable[..., GeneratedTokens]:
     )
 
 
+type Generated = tuple[list[int], NDArray[np.float32]]
+
+
+def run_batch(
+    model: LanguageModel,
+    requests: Sequence[tuple[Sequence[int], SamplingParams]],
+    *,
+    max_tokens: int,
+    width: int | None = None,
+    cache_length: int | None = None,
+    cache_fill: float = 0.0,
+    poison_padding: bool = False,
+) -> list[Generated]:
+    """(token ids, log-probs) of each request, run as one batch in this row order.
+
+    Args:
+      max_tokens: columns of the result.
+      width: columns of the prompt array, the padding (default: the longest prompt).
+      cache_length: slots a row (default: as few as fit).
+      cache_fill: value of the cache slots nobody has written.
+      poison_padding: pad prompts with a token id outside the vocabulary, whose embedding
+        is NaN.
+
+    Raises:
+      AssertionError: the batch that ran is not the one asked for.
+    """
+    padding = model.decoder.config.vocab_size if poison_padding else 0
+    columns = width or max(len(prompt) for prompt, _ in requests)
+    tokens = np.full((len(requests), columns), padding, np.int32)
+    for line, (prompt, _) in zip(tokens, requests, strict=True):
+        line[: len(prompt)] = prompt
+    out = jax.device_get(
+        _jitted(model.ops, max_tokens)(
+            model.decoder,
+            tokens,
+            np.array([len(prompt) for prompt, _ in requests], np.int32),
+            sampling_arrays([params for _, params in requests]),
+            cache_length=cache_length,
+            cache_fill=cache_fill,
+        )
+    )
+    assert out.token_ids.shape == (len(requests), max_tokens), "another batch was formed"
+    assert (out.count > 0).all(), "a row of the batch did not run"
+    return [
+        (ids[:count].tolist(), logprobs[:count])
+        for ids, logprobs, count in zip(out.token_ids, out.logprobs, out.count, strict=True)
+    ]
+
+
 def run_composition(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -86,37 +136,22 @@ def run_composition(
     max_tokens: int,
     cache_fill: float = 0.0,
     poison_padding: bool = False,
-) -> tuple[list[int], Any]:
-    """(token ids, log-probs as float32 array) of the request in a batch; alone without one.
-
-    Args:
-      cache_fill: value of the cache slots nobody has written.
-      poison_padding: pad prompts with a token id outside the vocabulary, whose embedding
-        is NaN.
-
-    Raises:
-      AssertionError: the batch that ran is not the one asked for.
-    """
+) -> Generated:
+    """The request inside a composition (None: alone), by `run_batch`."""
     c = composition or Composition(0)
-    prompts = [*c.neighbours[: c.row], tuple(prompt), *c.neighbours[c.row :]]
-    params = [*c.neighbour_sampling[: c.row], sampling, *c.neighbour_sampling[c.row :]]
-    width = c.width or max(len(p) for p in prompts)
-    padding = model.decoder.config.vocab_size if poison_padding else 0
-    tokens = np.full((len(prompts), width), padding, np.int32)
-    for line, p in zip(tokens, prompts, strict=True):
-        line[: len(p)] = p
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    out = jax.device_get(
-        _jitted(model.ops, max_tokens)(
-            model.decoder,
-            tokens,
-            lengths,
-            sampling_arrays(params),
-            cache_length=c.cache_length,
-            cache_fill=cache_fill,
-        )
-    )
-    assert out.token_ids.shape == (c.batch_size, max_tokens), "another batch was formed"
-    assert (out.count > 0).all(), "a row of the batch did not run"
-    count = int(out.count[c.row])
-    return out.token_ids[c.row, :count].tolist(), out.logprobs[c.row, :count]
+    requests = list(zip(c.neighbours, c.neighbour_sampling, strict=True))
+    requests.insert(c.row, (tuple(prompt), sampling))
+    return run_batch(
+        model,
+        requests,
+        max_tokens=max_tokens,
+        width=c.width,
+        cache_length=c.cache_length,
+        cache_fill=cache_fill,
+        poison_padding=poison_padding,
+    )[c.row]
+
+
+def same_bits(a: Generated, b: Generated) -> bool:
+    """Equal tokens, and log-probs equal as bit patterns (NaN and -0.0 included)."""
+    return a[0] == b[0] and a[1].tobytes() == b[1].tobytes()

@@ -142,15 +142,21 @@ _REGISTERED = (
     _deep("normal", 128, 32, wgs=2, cn=2),
     _deep("normal", 128, 32, wgs=2, cn=4),
     _deep("normal", 128, 48, wgs=2, cn=2),
-    _deep("normal", 128, 64, wgs=2, cn=2),
-    _deep("normal", 128, 64, wgs=2, cm=2, cn=2),
+    _deep("normal", 128, 64, wgs=2, cn=2, group=8),
+    _deep("normal", 128, 64, wgs=2, cm=2, cn=2, group=8),
     _deep("normal", 128, 96, wgs=2, cm=2, group=8),
-    _deep("normal", 128, 96, wgs=2, cm=2, cn=2),
-    _deep("normal", 128, 128, wgs=2),
-    _deep("normal", 128, 192, wgs=2),
-    _deep("normal", 128, 192, wgs=2, cm=2, group=4),
+    _deep("normal", 128, 96, wgs=2, cm=2, cn=2, group=8),
+    _deep("normal", 128, 128, wgs=2, group=8),
+    _deep("normal", 128, 192, wgs=2, group=8),
+    _deep("normal", 128, 192, wgs=2, cm=2, group=8),
     _deep("normal", 128, 256, wgs=2, group=8),
     _deep("normal", 128, 256, wgs=2, cm=2, group=4),
+    _deep("normal", 128, 256, wgs=2, cm=2, group=8),
+    _deep("normal", 128, 256, wgs=2, cn=2, group=8),
+    _deep("normal", 256, 32, wgs=2, cn=4),
+    _deep("normal", 256, 48, wgs=2, cn=2),
+    _deep("normal", 256, 64, wgs=2, cn=2),
+    _deep("normal", 256, 96, wgs=2, cn=2),
     _deep("normal", 256, 128, wgs=2, cn=2, group=4),
     _deep("normal", 256, 192, wgs=2, cn=2),
 )
@@ -173,7 +179,7 @@ def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) 
     del dtype, k
     fit = [s for s in _REGISTERED if s.fits(leaves)]
     bm = 64 if m <= 64 else 128
-    rows = [s for s in fit if s.kind == "normal" and (s.bm == bm or m > 128)]
+    rows = [s for s in fit if s.kind == "normal" and (s.bm == bm or s.bm > 128 < m)]
 
     def cost(s):
         tiles = math.ceil(m / (s.bm * s.cm)) * math.ceil(n / (s.bn * s.cn))

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import jdet
-from jdet.generation import DecodeState, decode, prefill
+from jdet.decoding import DecodeState, decode, prefill
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams, sampling_arrays
 
@@ -94,7 +94,7 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", default="float32,bfloat16")

@@ -1,0 +1,262 @@
+"""Bit-for-bit checks of the GPU kernels on a real device, one section an op.
+
+    python scripts/check_gpu.py --json check.json                # everything
+    python scripts/check_gpu.py --only matmul --quick
+
+Section matmul, on fixed inputs (normal, from a seed):
+
+- schedules: every registered schedule, at every M, gives each row the bits it has in the
+  batch of 4096 under the reference schedule (the first registered). Each call runs twice, and
+  after a run on NaN inputs that leaves NaN in shared memory wherever the tile does not load.
+- default: what users get (`schedule=None`), at every M, for the shapes of real models.
+- oracle: distance to a float64 product; float32 results within 1e-5.
+- control: plain XLA over the same M must show more than one bit pattern in row 0.
+
+It reports every mismatch and exits with 1 if there is one. Work is spread over processes,
+because the time goes to compiling one program per M. `sha256` in the JSON hashes the results on
+the fixed inputs: equal hashes on another card or jax version mean that no bit moved.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+TOP = 4096
+EVERY_M = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
+EVERY_M = (*EVERY_M, 1000, TOP)
+SOME_M = (1, 3, 8, 9, 17, 33, 64, 65, 129, 257, 1000, TOP)
+REAL_M = (1, 2, 7, 8, 9, 16, 31, 32, 64, 65, 128, 129, 256, 257, 512, 1000, TOP)
+RAGGED = (1000, 1088)  # N no multiple of a tile; K / leaves ends in a tail for 2 and 8 leaves
+TAIL = (1000, 1032)  # K tail of 8 without leaves
+SMOLLM2 = ((576, 576), (960, 576), (1536, 576), (576, 1536), (3072, 576), (49152, 576))
+QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
+_CACHE = {}
+
+
+def _inputs(n, k, dtype):
+    """x [TOP, k], w [n, k], bias [n] on the device; the same on every machine."""
+    import jax
+    import jax.numpy as jnp
+    import ml_dtypes
+    import numpy as np
+
+    key = ("inputs", n, k, dtype)
+    if key not in _CACHE:
+        _CACHE.clear()
+        rng = np.random.default_rng([n, k])
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+        x = rng.standard_normal((TOP, k), np.float32).astype(kind)
+        w = (rng.standard_normal((n, k), np.float32) * k**-0.5).astype(kind)
+        b = rng.standard_normal(n, np.float32).astype(kind)
+        _CACHE[key] = tuple(jax.device_put(jnp.asarray(v)) for v in (x, w, b))
+    return _CACHE[key]
+
+
+def _bits(y):
+    import jax.numpy as jnp
+    from jax import lax
+
+    return lax.bitcast_convert_type(y, jnp.uint16 if y.dtype.itemsize == 2 else jnp.uint32)
+
+
+def _reference(n, k, dtype, leaves, out, bias):
+    """The batch of TOP rows under the reference schedule, and its hash."""
+    import jax
+    import numpy as np
+
+    from jdet.pallas_kernels.matmul import mosaic_gpu
+
+    x, w, b = _inputs(n, k, dtype)
+    key = ("reference", n, k, dtype, leaves, out, bias)
+    if key not in _CACHE:
+        first = mosaic_gpu.schedules(TOP, n, k, dtype, leaves)[0]
+        y = mosaic_gpu.matmul(
+            x, w, bias=b if bias else None, leaves=leaves, out_dtype=out, schedule=first
+        )
+        digest = hashlib.sha256(np.asarray(jax.jit(_bits)(y)).tobytes()).hexdigest()
+        _CACHE[key] = (y, digest)
+    return _CACHE[key]
+
+
+def run_job(job):
+    """{..., rows, wrong: [[M, count, what]], seconds}."""
+    import jax
+    import jax.numpy as jnp
+
+    from jdet.pallas_kernels.matmul import mosaic_gpu
+
+    start = time.perf_counter()
+    n, k, dtype = job["n"], job["k"], job["dtype"]
+    wrong, done = [], 0
+    result = {**job, "schedule": str(job.get("schedule")), "wrong": wrong}
+    try:
+        x, w, b = _inputs(n, k, dtype)
+        ref, result["sha256"] = _reference(n, k, dtype, job["leaves"], job["out"], job["bias"])
+        nan = jnp.full_like(w, jnp.nan)
+        for m in job["ms"]:
+
+            def f(x, w, b):
+                return mosaic_gpu.matmul(
+                    x, w, bias=b, leaves=job["leaves"], out_dtype=job["out"],
+                    schedule=job.get("schedule"),
+                )
+
+            xs, bs = x[:m], b if job["bias"] else None
+            call = jax.jit(f)
+            jax.block_until_ready(call(jnp.full_like(xs, jnp.nan), nan, bs))
+            for run in ("first run", "second run"):
+                differ = int(jnp.sum(jnp.any(_bits(call(xs, w, bs)) != _bits(ref[:m]), axis=1)))
+                if differ:
+                    wrong.append([m, differ, f"rows differ, {run}"])
+            done += 1
+    except Exception as e:  # reported: one failure must not hide the others
+        wrong.append([0, 0, f"{type(e).__name__}: {str(e)[:300]}"])
+    return {**result, "calls": done, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_oracle(job):
+    """Relative distance of a few rows to the float64 product."""
+    import numpy as np
+
+    n, k, dtype = job["n"], job["k"], job["dtype"]
+    x, w, b = _inputs(n, k, dtype)
+    ref, digest = _reference(n, k, dtype, job["leaves"], job["out"], job["bias"])
+    x, w, b, y = (np.asarray(v, np.float64) for v in (x[:64], w, b, ref[:64]))
+    want = x @ w.T + (b if job["bias"] else 0)
+    error = float(np.linalg.norm(y - want) / np.linalg.norm(want))
+    bound = {"float32": 1e-5, "float16": 1e-3}.get(job["out"], 5e-3)
+    wrong = [] if error < bound else [[64, 64, f"relative error {error:.2e} over {bound:.0e}"]]
+    return {**job, "error": error, "calls": 1, "sha256": digest, "wrong": wrong, "seconds": 0.0}
+
+
+def run_control(job):
+    """The number of bit patterns of row 0 under plain XLA."""
+    import jax
+    import numpy as np
+    from jax import lax
+
+    start = time.perf_counter()
+    x, w, _ = _inputs(job["n"], job["k"], job["dtype"])
+    groups = {}
+    for m in job["ms"]:
+        y = jax.jit(lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ()))))(x[:m], w)
+        groups.setdefault(np.asarray(y[0]).tobytes(), []).append(m)
+    wrong = [] if len(groups) > 1 else [[0, 0, "plain XLA showed one bit pattern only"]]
+    return {
+        **job, "patterns": sorted(groups.values()), "calls": len(job["ms"]), "wrong": wrong,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def dispatch(job):
+    kinds = {"oracle": run_oracle, "control": run_control}
+    return kinds.get(job["check"], run_job)(job)
+
+
+def describe(_):
+    import timing
+
+    return timing.environment()
+
+
+def matmul_jobs(quick):
+    """Ordered so that the widest coverage comes first."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    def job(check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=False, **rest):
+        return {
+            "op": "matmul", "check": check, "n": nk[0], "k": nk[1], "ms": tuple(ms),
+            "leaves": leaves, "dtype": dtype, "out": out, "bias": bias, **rest,
+        }
+
+    jobs = []
+    for leaves, nk in ((1, TAIL), (2, RAGGED), (8, RAGGED)):
+        for out in ("float32", "bfloat16"):
+            jobs.append(job("oracle", nk, (), leaves, out=out))
+        full = EVERY_M if leaves == 1 and not quick else SOME_M
+        for s in schedules(TOP, *nk, "bfloat16", leaves):
+            jobs.append(job("schedules", nk, full, leaves, out="float32", schedule=s))
+    if not quick:
+        for s in schedules(TOP, *TAIL, "bfloat16"):
+            jobs.append(job("schedules", TAIL, (1, 9, 65, 257, 1000), bias=True, schedule=s))
+            jobs.append(job("schedules", (4096, 4096), (1, 17, 129, 1000), out="float32", schedule=s))
+        jobs.append(job("oracle", TAIL, (), dtype="float16", out="float16", bias=True))
+        for nk in (*SMOLLM2, *QWEN3_8B):
+            small = nk[0] * nk[1] < 2**24
+            jobs.append(job("default", nk, EVERY_M if small else REAL_M))
+        jobs.append(job("default", TAIL, SOME_M, dtype="float16", out="float16", bias=True))
+        jobs.append(job("default", (997, 1032), SOME_M))
+        for leaves in (2, 8):
+            for nk in ((576, 576), (960, 960), (576, 1536), (4096, 4096), (4096, 12288)):
+                jobs.append(job("default", nk, SOME_M, leaves))
+    jobs.append(job("control", (4096, 4096), EVERY_M if not quick else REAL_M))
+    return jobs
+
+
+SECTIONS = {"matmul": matmul_jobs}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer M and shapes")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--limit", type=float, default=480, help="seconds until it reports what it has")
+    args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jobs = [j for name in args.only for j in SECTIONS[name](args.quick)]
+    end = time.monotonic() + args.limit
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
+    env = pool.apply(describe, (None,))
+    results, rows = pool.imap_unordered(dispatch, jobs), []
+    for _ in jobs:
+        try:
+            rows.append(results.next(timeout=max(1.0, end - time.monotonic())))
+        except multiprocessing.TimeoutError:
+            break
+    pool.terminate()
+
+    hashes, failures, counts = {}, [], {}
+    for r in rows:
+        label = f"{r['op']} {r['check']} N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
+        count = counts.setdefault((r["op"], r["check"]), [0, 0, 0])
+        count[0] += 1
+        count[1] += r["calls"]
+        count[2] += bool(r["wrong"])
+        failures += [[label, r.get("schedule", ""), *w] for w in r["wrong"]]
+        if "sha256" in r:
+            name = f"{label} bias={r['bias']}".replace(f" {r['check']}", "", 1)
+            if hashes.setdefault(name, r["sha256"]) != r["sha256"]:
+                failures.append([name, "", TOP, TOP, "two processes hash differently"])
+        if r["check"] == "oracle":
+            print(f"{label}: relative error {r['error']:.2e}")
+        if r["check"] == "control":
+            print(f"{label}: plain XLA {len(r['patterns'])} patterns {r['patterns']}")
+    if len(rows) < len(jobs):
+        failures.append(["all", "", 0, 0, f"{len(jobs) - len(rows)} of {len(jobs)} jobs not finished"])
+    print(f"{'check':24} {'cases':>6} {'shapes':>7} {'wrong':>6}")
+    for (op, check), (cases, calls, bad) in sorted(counts.items()):
+        print(f"{op + ' ' + check:24} {cases:6} {calls:7} {bad:6}")
+    for f in failures[:60]:
+        print("FAIL", *f)
+    print(f"{len(failures)} failures, {env['device']}, jax {env['versions']['jax']}")
+    if args.json:
+        slim = [{k: v for k, v in r.items() if k not in ("sha256",)} for r in rows]
+        out = {**env, "failures": failures, "sha256": dict(sorted(hashes.items())),
+               "counts": {" ".join(k): dict(zip(("cases", "shapes", "wrong"), v, strict=True))
+                          for k, v in sorted(counts.items())},
+               "cases": sorted(slim, key=lambda r: json.dumps(r, default=str))}
+        args.json.write_text(json.dumps(out, indent=1, default=str) + "\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
