@@ -63,7 +63,6 @@ from jax.typing import DTypeLike
 from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
     CHUNK,
     PRODUCER_REGISTERS,
-    SMS,
     Schedule,
     default_schedule,
     schedules,
@@ -124,7 +123,7 @@ def _balanced(leaf_sum: Any, first: jax.Array, leaves: int, shape: tuple[int, in
     return lax.fori_loop(0, 2, add, nothing)
 
 
-def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
+def _kernel(*refs: Any, s: Schedule, leaves: int, early: bool, interpret: bool) -> None:
     """The whole kernel; refs are x, w, bias if there is one, y."""
     x_g, w_g, *bias_g, y_g = refs
     m, n = y_g.shape
@@ -167,6 +166,8 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
             return mi * s.bm, ni * s.bn
 
         def produce():
+            if early:
+                plgpu.griddepcontrol_launch_dependents()
             if s.wgs > 1:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
@@ -212,6 +213,8 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
 
                 @pl.when(warp == 1)
                 def _():
+                    if early:
+                        plgpu.griddepcontrol_wait()
                     load(x_g, x_in, x_rows, 0, "cn" if s.cn > 1 else None)
 
         def operands(slot, c):
@@ -295,8 +298,8 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "interpret"))
-def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
+@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "early", "interpret"))
+def _matmul(x, w, bias, *, leaves, out_dtype, s, early, interpret):
     m, k = x.shape
     n = w.shape[0]
     if leaves > 1:
@@ -310,9 +313,9 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
     clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.bn * s.cn)
     clustered = s.cm * s.cn > 1
     y = plgpu.kernel(
-        functools.partial(_kernel, s=s, leaves=leaves, interpret=bool(interpret)),
+        functools.partial(_kernel, s=s, leaves=leaves, early=early, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((m, wide), out_dtype),
-        grid=(min(clusters, SMS // (s.cm * s.cn)),),
+        grid=(min(clusters, s.resident),),
         grid_names=("cluster",),
         cluster=(s.cn, s.cm) if clustered else (),
         cluster_names=("cn", "cm") if clustered else (),
@@ -333,6 +336,7 @@ def matmul(
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
     schedule: Schedule | None = None,
+    weights_ready: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
     """y[M, N] = x[M, K] @ w[N, K]^T + bias[N]; see the module for the tree.
@@ -344,6 +348,9 @@ def matmul(
       leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
       out_dtype: x's dtype unless given; a 16-bit float or float32.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
+      weights_ready: a promise that w and bias were complete long before this call (parameters of
+        a model, not the result of a recent kernel). The kernel may then start, and fetch w,
+        while its predecessor still runs (programmatic dependent launch).
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
     Raises:
@@ -373,4 +380,6 @@ def matmul(
     s = schedule or default_schedule(m, n, k, x.dtype, leaves)
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
-    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, interpret=interpret)
+    return _matmul(
+        x, w, bias, leaves=leaves, out_dtype=out, s=s, early=weights_ready, interpret=interpret
+    )

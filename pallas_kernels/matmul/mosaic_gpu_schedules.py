@@ -11,7 +11,9 @@ import math
 
 from jax.typing import DTypeLike
 
-SMS = 132  # of an H100 or H200 SXM; the grid never exceeds it. Speed only.
+# Clusters of 1, 2 and 4 blocks that run at once on the 132 SMs of an H100 or H200 SXM. Pairs of
+# SMs always fit; of 33 clusters of 4 some wait, since a cluster may not span two GPCs. Speed only.
+_RESIDENT = {1: 132, 2: 66, 4: 30}
 CHUNK = 64  # 16-bit elements in one 128-byte swizzle row: the unit of K
 PRODUCER_REGISTERS = 40
 _SMEM_BYTES = 232_448  # per block on sm_90
@@ -57,6 +59,8 @@ class Schedule:
                 f"a warpgroup's tile must be a multiple of 64 by a multiple of 8 up to 256,"
                 f" got {rows} x {cols} over {ways} from {self}"
             )
+        if self.cm * self.cn not in _RESIDENT:
+            raise ValueError(f"clusters have 1, 2 or 4 blocks: {self}")
         if self.bm % (8 * self.cn) or self.bn % (8 * self.cm):
             raise ValueError(f"a cluster must cut the tiles in parts of 8 rows: {self}")
         if max(self.bm, self.bn) > 256:
@@ -79,6 +83,11 @@ class Schedule:
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer may use."""
         return 255 if self.wgs == 1 else (512 - PRODUCER_REGISTERS) // self.wgs // 8 * 8
+
+    @property
+    def resident(self) -> int:
+        """Clusters in the grid: no more than run at once, for they walk the tiles in step."""
+        return _RESIDENT[self.cm * self.cn]
 
     def stage_tile(self, itemsize: int) -> tuple[int, int]:
         """Rows and columns of y in one store, for results of `itemsize` bytes."""
@@ -124,41 +133,54 @@ def _deep(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) 
 _REGISTERED = (
     _deep("normal", 64, 32),
     _deep("normal", 64, 32, bk=128),
-    _deep("normal", 64, 32, cn=2),
-    _deep("normal", 64, 32, cn=4),
+    _deep("normal", 64, 32, bk=256),
+    _deep("normal", 64, 32, bk=128, cn=2),
     _deep("normal", 64, 48),
-    _deep("normal", 64, 48, cn=2),
-    _deep("normal", 64, 64),
-    _deep("normal", 64, 96, cn=2),
-    _deep("normal", 64, 128),
-    _deep("normal", 64, 192),
+    _deep("normal", 64, 48, bk=128),
+    _deep("normal", 64, 48, bk=128, cn=2),
+    _deep("normal", 64, 64, bk=128),
+    _deep("normal", 64, 64, bk=128, cn=2),
+    _deep("normal", 64, 96, bk=128),
+    _deep("normal", 64, 96, bk=128, cn=2),
+    _deep("normal", 64, 128, bk=128),
+    _deep("normal", 64, 128, bk=128, cn=2),
+    _deep("normal", 64, 192, bk=128),
     _deep("normal", 64, 192, wgs=2, split="n"),
-    _deep("swapped", 8, 64),
-    _deep("swapped", 16, 64),
-    _deep("swapped", 16, 128, wgs=2),
+    _deep("swapped", 8, 64, bk=128),
+    _deep("swapped", 8, 64, bk=256),
+    _deep("swapped", 16, 64, bk=128),
+    _deep("swapped", 16, 128, bk=128, wgs=2),
+    _deep("swapped", 32, 64, bk=128),
     _deep("swapped", 32, 192, wgs=3),
-    _deep("swapped", 64, 64, cn=2),
-    _deep("swapped", 128, 128, wgs=2),
+    _deep("swapped", 64, 64, bk=128),
+    _deep("swapped", 64, 128, bk=128, wgs=2),
     _deep("normal", 128, 32, wgs=2, cn=2),
-    _deep("normal", 128, 32, wgs=2, cn=4),
+    _deep("normal", 128, 32, bk=128, wgs=2, cn=2),
     _deep("normal", 128, 48, wgs=2, cn=2),
+    _deep("normal", 128, 48, bk=128, wgs=2, cn=2),
     _deep("normal", 128, 64, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 64, wgs=2, cm=2, cn=2, group=8),
+    _deep("normal", 128, 64, bk=128, wgs=2, cn=2, group=8),
+    _deep("normal", 128, 80, wgs=2, cm=2, cn=2, group=8),
+    _deep("normal", 128, 96, wgs=2, cn=2, group=8),
+    _deep("normal", 128, 96, bk=128, wgs=2, cn=2, group=8),
     _deep("normal", 128, 96, wgs=2, cm=2, group=8),
     _deep("normal", 128, 96, wgs=2, cm=2, cn=2, group=8),
     _deep("normal", 128, 128, wgs=2, group=8),
+    _deep("normal", 128, 128, wgs=2, cn=2, group=8),
+    _deep("normal", 128, 128, wgs=2, cm=2, group=8),
+    _deep("normal", 128, 128, bk=128, wgs=2, group=8),
     _deep("normal", 128, 192, wgs=2, group=8),
+    _deep("normal", 128, 192, wgs=2, cn=2, group=8),
     _deep("normal", 128, 192, wgs=2, cm=2, group=8),
     _deep("normal", 128, 256, wgs=2, group=8),
+    _deep("normal", 128, 256, wgs=2, group=16),
     _deep("normal", 128, 256, wgs=2, cm=2, group=4),
     _deep("normal", 128, 256, wgs=2, cm=2, group=8),
-    _deep("normal", 128, 256, wgs=2, cn=2, group=8),
-    _deep("normal", 256, 32, wgs=2, cn=4),
-    _deep("normal", 256, 48, wgs=2, cn=2),
-    _deep("normal", 256, 64, wgs=2, cn=2),
-    _deep("normal", 256, 96, wgs=2, cn=2),
+    _deep("normal", 256, 96, wgs=2, cn=2, group=8),
+    _deep("normal", 256, 128, wgs=2, group=4),
     _deep("normal", 256, 128, wgs=2, cn=2, group=4),
-    _deep("normal", 256, 192, wgs=2, cn=2),
+    _deep("normal", 256, 192, wgs=2, group=4),
+    _deep("normal", 256, 192, wgs=2, cn=2, group=4),
 )
 
 
@@ -183,7 +205,7 @@ def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) 
 
     def cost(s):
         tiles = math.ceil(m / (s.bm * s.cm)) * math.ceil(n / (s.bn * s.cn))
-        waves = math.ceil(tiles / (SMS // (s.cm * s.cn)))
+        waves = math.ceil(tiles / s.resident)
         return waves * s.bn * s.bm, -s.bn
 
     return min(rows, key=cost)

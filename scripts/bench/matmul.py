@@ -26,13 +26,13 @@ OPS = {
     "lm_head": (151936, 4096),
 }
 MS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
-LOCK = None
+LOCK, SWEEP = None, False
 _CACHE = {}
 
 
-def _start(lock):
-    global LOCK
-    LOCK = lock
+def _start(lock, sweep):
+    global LOCK, SWEEP
+    LOCK, SWEEP = lock, sweep
 
 
 def _inputs(m, n, k, copies):
@@ -58,43 +58,89 @@ def _inputs(m, n, k, copies):
 
 
 def run_job(job):
-    """One row: {op, m, n, k, schedule, us} or {..., error}."""
+    """Rows {op, m, schedule, us} or {..., error}: compiled side by side, timed one after another."""
     import jax
     import timing
     from jax import lax
 
     from jdet.pallas_kernels.matmul import mosaic_gpu
 
-    op, m, which = job
+    op, m, names = job
     n, k = OPS[op]
     copies = timing.copies_for(2 * n * k)
-    row = {"op": op, "m": m, "n": n, "k": k, "schedule": str(which)}
 
-    def ours(xs, ws):
-        return [mosaic_gpu.matmul(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
+    def program(which):
+        def ours(xs, ws):
+            return [mosaic_gpu.matmul(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
 
-    def xla(xs, ws):
-        dims = (((1,), (1,)), ((), ()))
-        return [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
+        def xla(xs, ws):
+            dims = (((1,), (1,)), ((), ()))
+            return [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
 
-    try:
-        start = time.perf_counter()
         shapes = [[jax.ShapeDtypeStruct(s, "bfloat16")] * copies for s in ((m, k), (n, k))]
-        if which == "xla":
-            with LOCK:  # autotuning measures
-                f = jax.jit(xla).lower(*shapes).compile()
-        else:
-            f = jax.jit(ours).lower(*shapes).compile()
-        row["compile_s"] = round(time.perf_counter() - start, 2)
-        draw = _inputs(m, n, k, copies)
-        with LOCK:
-            args = draw()
-            jax.block_until_ready(args)
-            row["us"] = round(timing.device_us(f, *args) / copies, 3)
-            del args
-    except Exception as e:  # reported in the row: one bad schedule must not end the sweep
-        row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-    return row
+        lowered = jax.jit(xla if which == "xla" else ours).lower(*shapes)
+        if which != "xla" or SWEEP:
+            return lowered.compile()
+        with LOCK:  # autotuning measures: let it measure alone
+            return lowered.compile()
+
+    rows, programs = [], []
+    draw = _inputs(m, n, k, copies)
+    for which in names:
+        row = {"op": op, "m": m, "schedule": str(which)}
+        rows.append(row)
+        try:
+            start = time.perf_counter()
+            programs.append((row, program(which)))
+            row["compile_s"] = round(time.perf_counter() - start, 2)
+        except Exception as e:  # in the row: one bad schedule must not end the sweep
+            row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
+    with LOCK:
+        args = draw()
+        jax.block_until_ready(args)
+        for row, f in programs:
+            try:
+                row["us"] = round(timing.device_us(f, *args) / copies, 3)
+            except Exception as e:
+                row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
+        del args
+    return rows
+
+
+def run_chain(m):
+    """Wall-clock of 48 dependent 4096x4096 products in one jit: what launches cost."""
+    import jax
+    import timing
+    from jax import lax
+
+    from jdet.pallas_kernels.matmul import mosaic_gpu
+
+    def chain(one):
+        def f(x, ws):
+            for w in ws:
+                x = one(x, w)
+            return x
+
+        return jax.jit(f)
+
+    with LOCK:
+        draw = _inputs(m, 4096, 4096, 48)
+        xs, ws = draw()
+        forms = {
+            "ours": chain(lambda x, w: mosaic_gpu.matmul(x, w)),
+            "ours, weights_ready": chain(lambda x, w: mosaic_gpu.matmul(x, w, weights_ready=True)),
+            "xla": chain(lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ())))),
+        }
+        times, outputs = {}, []
+        for name, f in forms.items():
+            start = time.perf_counter()
+            outputs.append(jax.block_until_ready(f(xs[0], ws)))
+            compile_s = time.perf_counter() - start
+            times[name] = {
+                "us": round(timing.wall_us(f, xs[0], ws), 1), "compile_s": round(compile_s, 2)
+            }
+        same = bool((outputs[0] == outputs[1]).all())
+    return {"m": m, "products": 48, "shape": [4096, 4096], "wall": times, "ours_equal": same}
 
 
 def ceilings(_):
@@ -107,14 +153,14 @@ def ceilings(_):
 def plausible(s, m):
     """Whether `--sweep` should spend time on schedule `s` at M = m."""
     if s.kind == "swapped":
-        return m <= s.bm <= max(16, 2 * m) and m <= 64
+        return m <= s.bm <= 2 * max(m, 8)
     if m <= 64:
         return s.bm == 64
     if m <= 128:
-        return s.bm == 128 and s.cm == 1
+        return s.bm == 128 and s.cm == 1 and s.bn <= 192
     if m <= 256:
-        return s.bm * s.cm in (128, 256) and (s.bn >= 48)
-    return s.bm * s.bn >= 128 * 128
+        return s.bm >= 128 and s.bn >= 64 and s.bm * s.cm <= 256
+    return s.bm * s.bn >= 128 * 192 or s.bn == 128 == s.bm and s.bk == 64
 
 
 def main():
@@ -124,42 +170,50 @@ def main():
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--ops", nargs="*", default=list(OPS))
     parser.add_argument("--ms", nargs="*", type=int, default=list(MS))
+    parser.add_argument("--chain", nargs="*", type=int, default=[8, 64], help="M of the chains")
     parser.add_argument(
         "--limit", type=float, default=480, help="seconds until it reports what it has"
     )
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Many processes share the card: none may keep what it does not use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     from jdet.pallas_kernels.matmul import mosaic_gpu_schedules as sched
 
-    jobs = []
-    chosen = {}
+    names, chosen = {}, {}
     for op in args.ops:
         n, k = OPS[op]
         for m in args.ms:
             best = sched.default_schedule(m, n, k, "bfloat16")
             chosen[op, m] = str(best)
-            these = [best]
+            names[op, m] = [best]
             if args.sweep:
-                these += [
-                    s
-                    for s in sched.schedules(m, n, k, "bfloat16", 1, 2)
-                    if plausible(s, m) and s != best
-                ]
-            jobs += [(op, m, s) for s in these] + [(op, m, "xla")]
-    jobs.sort(key=lambda j: (j[2] != "xla", str(j[2]) != chosen[j[0], j[1]]))
+                every = sched.schedules(m, n, k, "bfloat16", 1, 2)
+                names[op, m] += [s for s in every if plausible(s, m) and s != best]
+    jobs = [(op, m, ("xla", these[0])) for (op, m), these in names.items()]
+    for (op, m), these in names.items():
+        jobs += [(op, m, tuple(these[i : i + 8])) for i in range(1, len(these), 8)]
     context = multiprocessing.get_context("spawn")
     lock = context.Lock()
     end = time.monotonic() + args.limit
-    rows, missing = [], 0
-    pool = context.Pool(args.jobs, _start, (lock,))
+    rows, missing, chains = [], 0, []
+    pool = context.Pool(args.jobs, _start, (lock, args.sweep))
     copy, matrix, env = pool.apply(ceilings, (None,))
     results = pool.imap_unordered(run_job, jobs)
-    for _ in jobs:
+    for i in range(len(jobs)):
         try:
-            rows.append(results.next(timeout=max(1.0, min(120.0, end - time.monotonic()))))
+            rows += results.next(timeout=max(1.0, min(120.0, end - time.monotonic())))
         except multiprocessing.TimeoutError:
-            missing = len(jobs) - len(rows)
+            missing = len(jobs) - i
             break
+    pool.terminate()
+    pool.join()
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "default"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    pool = context.Pool(1, _start, (lock, args.sweep))
+    try:
+        chains = pool.map_async(run_chain, args.chain).get(timeout=60)
+    except multiprocessing.TimeoutError:
+        missing += 1
     pool.terminate()
 
     table, ratios = [], []
@@ -171,6 +225,7 @@ def main():
             timed = sorted((r["us"], r["schedule"]) for r in got if r["schedule"] != "xla")
             ours = [us for us, name in timed if name == chosen[op, m]]
             if not (xla and ours):
+                print(f"{op:8} {m:5} incomplete", timed[:6])
                 continue
             nbytes = 2 * (n * k + m * k + m * n)
             floor = max(nbytes / copy, 2 * m * n * k / matrix) * 1e6
@@ -192,6 +247,9 @@ def main():
                 f"{op:8} {m:5} {ours[0]:9.2f} {xla[0]:9.2f} {floor:9.2f} {row['ratio']:7.3f}"
                 f" {chosen[op, m]}  {extra}"
             )
+    for c in chains:
+        shown = "  ".join(f"{name}: {v['us']} us" for name, v in c["wall"].items())
+        print(f"chain M={c['m']}: {shown}  equal {c['ours_equal']}  {c['wall']}")
     errors = [r for r in rows if "error" in r]
     for r in errors:
         print("ERROR", r["op"], r["m"], r["schedule"], r["error"])
@@ -206,6 +264,7 @@ def main():
             "geomean": geomean,
             "method": "CUPTI device time, median of 7, weights rotated over >= 250 MB",
             "rows": table,
+            "chains": chains,
             "errors": errors,
             "not_run": missing,
         }

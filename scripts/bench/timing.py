@@ -35,7 +35,8 @@ def device_us(f: Callable[..., Any], *args: Any, iterations: int = 7) -> float:
     """Median device time of one call of `f`, in microseconds, over all kernels it launches."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, times = profiler.measure(f, iterations=iterations)(*args)
+    # Not detached after each use: re-attaching fails after some tens of times.
+    _, times = profiler.Cupti(finalize=False).measure(f, iterations=iterations)(*args)
     if times is None:
         raise RuntimeError("CUPTI reported no kernel")
     return statistics.median(times if isinstance(times, list) else [times]) * 1e3

@@ -1,0 +1,110 @@
+"""Loading: everything wrong with a checkpoint in one error, before anything is read."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jdet
+from jdet.models.checkpoint import check_tensors, entries
+from jdet.models.config import CONFIGS, DecoderConfig
+from jdet.testing import small_config
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTensor:
+    shape: tuple[int, ...]
+
+    def read(self, dtype: Any) -> np.ndarray:
+        raise AssertionError("read before the check")
+
+
+def copy_of_golden(folder: Path, change) -> Path:
+    tensors = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text((GOLDEN / "config.json").read_text())
+    return folder
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.layers.1.self_attn.q_norm.weight"]
+        tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((3, 5), np.float32)
+        tensors["model.layers.0.mlp.gate_bias"] = np.zeros(3, np.float32)
+
+    with pytest.raises(ValueError) as error:
+        jdet.load(str(copy_of_golden(tmp_path, change)), dtype="float32")
+    for part in ("missing model.layers.1.self_attn.q_norm", "down_proj", "unexpected", "gate_bias"):
+        assert part in str(error.value)
+
+
+def test_parameters_are_the_files_tensors() -> None:
+    model = jdet.load(str(GOLDEN), dtype="float32", implementation="portable")
+    tensors = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
+    layer = model.decoder.layers[1]
+    qkv = [tensors[f"model.layers.1.self_attn.{n}_proj.weight"] for n in "qkv"]
+    assert (np.asarray(layer.attention.qkv[...]) == np.concatenate(qkv)).all()
+    assert (np.asarray(layer.mlp.down[...]) == tensors["model.layers.1.mlp.down_proj.weight"]).all()
+    assert (np.asarray(model.decoder.embedding[...]) == tensors["model.embed_tokens.weight"]).all()
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_published_shapes_have_a_complete_map(name: str) -> None:
+    """Every tensor is named once, and the sizes add up to the published parameter count."""
+    config = CONFIGS[name]
+    names = [n for _, group in entries(config) for n in group]
+    assert len(names) == len(set(names))
+    published = {
+        "SmolLM2-135M": 134.5e6,
+        "Qwen3-0.6B": 596e6,
+        "Qwen3-1.7B": 1.72e9,
+        "Qwen3-8B": 8.19e9,
+    }
+    h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = h * heads * d + h * config.num_attention_heads * d + 3 * h * f
+    embeddings = config.vocab_size * h * (1 if config.tie_word_embeddings else 2)
+    count = config.num_hidden_layers * layer + embeddings
+    assert abs(count / published[name] - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_what_a_config_asks_for_and_we_have_not_is_refused(
+    change: Mapping[str, Any], message: str
+) -> None:
+    config = {**small_config(), **change}
+    config = {k: v for k, v in config.items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_hf(config)
+
+
+def test_nothing_is_read_before_the_check() -> None:
+    config = CONFIGS["Qwen3-0.6B"]
+    tensors = {n: FakeTensor((1,)) for _, group in entries(config) for n in group}
+    with pytest.raises(ValueError, match="and .* more"):
+        check_tensors(config, tensors, lambda path: (2,), "model")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="Qwen3-8B"):
+        jdet.random_model("Qwen3-9B")
+    with pytest.raises(ValueError, match="float16"):
+        jdet.random_model("Qwen3-8B", dtype="float16")
+    with pytest.raises(NotImplementedError, match="portable"):
+        jdet.load(str(GOLDEN), implementation="mosaic_tpu")

@@ -1,0 +1,129 @@
+"""What the suites of the ops share: which implementations they run over, and bits.
+
+Every suite runs RIGHT over `implementation` and INVARIANT over `invariant`; a new
+implementation that runs on the machine of the tests joins by its name in these lists.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdet.compiler import jit
+from jdet.pallas_kernels import implementation_of
+
+ON_ANY_CPU = ("reference", "portable", "xla")
+INVARIANT = ("portable",)
+# Batch sizes at which kernels like to change: powers of two, their neighbours, and odd ones.
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300)
+# A few of each kind, where a compile is dear.
+FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
+
+_STATIC = {
+    "matmul": ("leaves", "out_dtype"),
+    "rms_norm": ("eps",),
+    "attention": ("scale", "kv_split"),
+}
+
+
+@pytest.fixture(scope="session", params=ON_ANY_CPU)
+def implementation(request):
+    """Each implementation that any CPU runs."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=INVARIANT)
+def invariant(request):
+    """Each of them that promises the same bits in any batch."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def dtype(request):
+    """Each dtype of weights and activations."""
+    return jnp.dtype(request.param)
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """All batch sizes."""
+    return ROWS
+
+
+@pytest.fixture(scope="session")
+def few_rows():
+    """A few of them."""
+    return FEW_ROWS
+
+
+@pytest.fixture(scope="session")
+def op():
+    """op(name, implementation) under the library's XLA options, compiled once a shape."""
+
+    @functools.cache
+    def jitted(name, implementation):
+        function = implementation_of(name, implementation)
+        return jit(
+            function, implementation=implementation, static_argnames=_STATIC.get(name, ())
+        )
+
+    return jitted
+
+
+@pytest.fixture(scope="session")
+def bits():
+    """bits(array): its elements as integers, so that 0.0 is not -0.0 and NaN is itself."""
+
+    def as_integers(x):
+        x = np.asarray(x)
+        return x.view({2: np.uint16, 4: np.int32}[x.dtype.itemsize])
+
+    return as_integers
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits(bits):
+    """Compare two arrays by shape, dtype and integers."""
+
+    def check(actual, expected, message=""):
+        actual, expected = np.asarray(actual), np.asarray(expected)
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), message
+        np.testing.assert_array_equal(bits(actual), bits(expected), err_msg=message)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def normal():
+    """normal(seed, shape, dtype): standard normal numbers, rounded to dtype."""
+
+    def draw(seed, shape, dtype):
+        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def assert_rows_alike(assert_same_bits):
+    """Run f over batches of the given sizes, each drawn from another place of the largest.
+
+    f maps [M, ...] arrays to an array, or a tuple of arrays, of M rows. Row i of a batch of
+    m is row (i + shift) % M of the largest, M, so that size, place and neighbours all change.
+    """
+
+    def check(f, inputs, sizes):
+        largest = inputs[0].shape[0]
+        whole = _tuple(f(*inputs))
+        for m in sizes:
+            pick = (np.arange(m) + 37 * m + 11) % largest
+            batch = _tuple(f(*(x[pick] for x in inputs)))
+            for actual, expected in zip(batch, whole, strict=True):
+                assert actual.shape == (m, *expected.shape[1:]), "another batch was formed"
+                assert_same_bits(actual, np.asarray(expected)[pick], f"M={m}")
+
+    return check
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)

@@ -1,0 +1,296 @@
+"""Attention: right against float64, and the same bits however a request is batched and cut.
+
+A request is a set of queries, keys and values at positions 0, 1, ...; the tests form it into
+prefills, chunks, decode steps, batches and caches, and compare the queries' results.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdet.compiler import jit
+from jdet.pallas_kernels.attention import portable
+
+# Query heads, key heads and head size: SmolLM2-135M, and the proportions of Qwen3.
+HEADS = {"9/3 of 64": (9, 3, 64), "8/2 of 128": (8, 2, 128)}
+heads_of_both = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+SMOL, QWEN = HEADS.values()
+
+
+@pytest.fixture(scope="session")
+def request_of(normal):
+    """request_of(seed, heads, T, S, dtype, B): (q, k, v) of B requests, as long as the cache."""
+
+    def draw(seed, heads, queries, slots, dtype, batch=1):
+        h, n, d = heads
+        return (
+            normal(seed, (batch, queries, h, d), dtype),
+            normal(seed + 1, (batch, n, slots, d), dtype),
+            normal(seed + 2, (batch, n, slots, d), dtype),
+        )
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def attend(op):
+    """attend(implementation, q, k, v, positions, kv_split): positions a list, [T] or [B, T]."""
+
+    def call(implementation, q, k, v, positions, kv_split):
+        at = jnp.asarray(np.broadcast_to(np.asarray(positions, np.int32), q.shape[:2]))
+        function = op("attention", implementation)
+        out = function(q, k, v, at, scale=q.shape[-1] ** -0.5, kv_split=kv_split)
+        assert out.shape == q.shape and out.dtype == q.dtype
+        return out
+
+    return call
+
+
+def oracle(q, k, v, positions):
+    """Softmax attention in float64, and the mean of |v| under the same weights."""
+    q, k, v = (np.asarray(a).astype(np.float64) for a in (q, k, v))
+    batch, length, heads, dim = q.shape
+    group = heads // k.shape[1]
+    out, size = np.zeros_like(q), np.zeros_like(q)
+    for b, t, h in np.ndindex(batch, length, heads):
+        seen = slice(0, positions[b][t] + 1)
+        score = k[b, h // group, seen] @ q[b, t, h] * dim**-0.5
+        if score.size:
+            p = np.exp(score - score.max())
+            p /= p.sum()
+            out[b, t, h] = p @ v[b, h // group, seen]
+            size[b, t, h] = p @ abs(v[b, h // group, seen])
+    return out, size
+
+
+@heads_of_both
+def test_right(attend, request_of, implementation, dtype, heads):
+    """Rows at the start, middle and end of three splits; weights are rounded to v's dtype."""
+    q, k, v = request_of(0, heads, 4, 192, dtype, batch=2)
+    positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
+    out = np.asarray(attend(implementation, q, k, v, positions, 64)).astype(np.float64)
+    want, size = oracle(q, k, v, positions)
+    single, own = np.finfo(np.float32).eps, float(jnp.finfo(dtype).eps)
+    sums = 4 * np.sqrt(heads[2]) + np.sqrt(192)  # of the scores (their size is about 4), and of p
+    tolerance = (sums * single + own / 2) * size + own * abs(want)
+    assert (abs(out - want) <= tolerance).all(), (abs(out - want) / tolerance).max()
+
+
+@pytest.mark.parametrize("among", ["reference", "portable"])
+def test_query_that_sees_nothing_gives_zeros(attend, request_of, dtype, among):
+    q, k, v = request_of(0, SMOL, 4, 64, dtype)
+    out = attend(among, q, k, v, [3, -1, -1, 40], 16)
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[0, 1:3], 0)
+    assert (np.asarray(out, np.float32)[0, [0, 3]] != 0).all()
+    nothing = attend(among, q, k, v, [-1] * 4, 16)
+    np.testing.assert_array_equal(np.asarray(nothing, np.float32), 0)
+
+
+@pytest.mark.parametrize(("slots", "kv_split"), [(64, 16), (128, 64)])
+def test_decode_is_prefill_at_every_position(
+    attend, request_of, invariant, dtype, slots, kv_split, assert_same_bits
+):
+    q, k, v = request_of(0, SMOL, slots, slots, dtype)
+    prefill = attend(invariant, q, k, v, range(slots), kv_split)
+    for t in range(slots):
+        step = attend(invariant, q[:, t : t + 1], k, v, [t], kv_split)
+        assert_same_bits(step, prefill[:, t : t + 1], f"position {t}")
+
+
+@heads_of_both
+def test_decode_is_prefill_around_splits_of_256(
+    attend, request_of, invariant, dtype, heads, assert_same_bits
+):
+    """The prefill ends at each of the contexts' lengths as well: its last splits are masked."""
+    q, k, v = request_of(0, heads, 514, 768, dtype)
+    prefill = attend(invariant, q, k, v, range(514), 256)
+    for context in (1, *range(254, 259), *range(510, 515)):
+        t = context - 1
+        step = attend(invariant, q[:, t : t + 1], k, v, [t], 256)
+        assert_same_bits(step, prefill[:, t : t + 1], f"context {context}")
+        positions = np.where(np.arange(514) <= t, np.arange(514), -1)
+        shorter = attend(invariant, q, k, v, positions, 256)
+        assert_same_bits(shorter[:, :context], prefill[:, :context], f"prefill of {context}")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [(32, 32), (16,) * 4, (7,) * 9 + (1,), (1, 31, 32), (31, 1, 1, 31)],
+    ids=lambda chunks: "+".join(map(str, chunks)),
+)
+def test_chunks_of_a_prompt(attend, request_of, invariant, dtype, chunks, assert_same_bits):
+    """Slots after the chunk hold NaN: the cache is written as far as the chunk's end."""
+    assert sum(chunks) == 64
+    q, k, v = request_of(0, SMOL, 64, 64, dtype)
+    prefill = attend(invariant, q, k, v, range(64), 16)
+    start = 0
+    for length in chunks:
+        end = start + length
+        written = (np.arange(64) < end)[:, None]
+        ks, vs = jnp.where(written, k, jnp.nan), jnp.where(written, v, jnp.nan)
+        chunk = attend(invariant, q[:, start:end], ks, vs, range(start, end), 16)
+        assert_same_bits(chunk, prefill[:, start:end], f"chunk {start}..{end}")
+        start = end
+
+
+def test_chunk_that_starts_inside_a_split_of_256(
+    attend, request_of, invariant, dtype, assert_same_bits
+):
+    q, k, v = request_of(0, SMOL, 514, 768, dtype)
+    prefill = attend(invariant, q, k, v, range(514), 256)
+    for chunk in (slice(0, 257), slice(257, 514), slice(100, 357)):
+        out = attend(invariant, q[:, chunk], k, v, range(514)[chunk], 256)
+        assert_same_bits(out, prefill[:, chunk], str(chunk))
+
+
+def test_decode_row_does_not_follow_the_batch(
+    attend, request_of, invariant, dtype, rows, assert_rows_alike
+):
+    """One split: everything that a batch could change but the merge."""
+    q, k, v = request_of(0, SMOL, 1, 16, dtype, batch=300)
+    positions = np.arange(300, dtype=np.int32)[:, None] % 17 - 1
+    assert_rows_alike(
+        lambda q, k, v, at: attend(invariant, q, k, v, at, 16), (q, k, v, positions), rows
+    )
+
+
+def test_decode_row_over_four_splits_does_not_follow_the_batch(
+    attend, request_of, invariant, dtype, assert_rows_alike
+):
+    """Contexts of 1..64 among each other: short ones walk the splits of the longest."""
+    q, k, v = request_of(0, SMOL, 1, 64, dtype, batch=300)
+    positions = np.arange(300, dtype=np.int32)[:, None] * 23 % 64
+    assert_rows_alike(
+        lambda q, k, v, at: attend(invariant, q, k, v, at, 16),
+        (q, k, v, positions),
+        (1, 2, 5, 33, 129),
+    )
+
+
+def test_query_does_not_follow_the_length_of_the_prefill(
+    attend, request_of, invariant, dtype, rows, assert_same_bits
+):
+    q, k, v = request_of(0, SMOL, 300, 512, dtype)
+    whole = attend(invariant, q, k, v, range(300), 512)
+    for length in rows:
+        start = (300 - length) * 7 // 11
+        stop = start + length
+        part = attend(invariant, q[:, start:stop], k, v, range(start, stop), 512)
+        assert_same_bits(part, whole[:, start:stop], f"T={length}")
+
+
+def test_neighbours_with_longer_contexts(attend, request_of, invariant, dtype, assert_same_bits):
+    """The same rows, among neighbours that need one, two, three and all four splits."""
+    q, k, v = request_of(0, QWEN, 1, 64, dtype, batch=4)
+    for context in (1, 15, 16, 17, 40):
+        row = context % 4
+        alone = [[-1]] * 4
+        alone[row] = [context - 1]
+        expected = attend(invariant, q, k, v, alone, 16)[row]
+        for longest in (16, 17, 33, 64):
+            around = [[longest - 1]] * 4
+            around[row] = [context - 1]
+            out = attend(invariant, q, k, v, around, 16)[row]
+            assert_same_bits(out, expected, f"context {context} beside {longest}")
+
+
+def test_longer_cache(attend, request_of, invariant, dtype, assert_same_bits):
+    """A cache of one split has a path of its own, without a merge."""
+    q, k, v = request_of(0, SMOL, 16, 128, dtype)
+    caches = [attend(invariant, q, k[:, :, :s], v[:, :, :s], range(16), 16) for s in (16, 64, 128)]
+    for out in caches[1:]:
+        assert_same_bits(out, caches[0])
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38], ids=str)
+def test_what_unwritten_slots_and_padded_queries_hold(
+    attend, request_of, invariant, dtype, garbage, assert_same_bits
+):
+    """Two prompts of 5 and 21 tokens in a prefill of 32: padding in queries, keys, values."""
+    q, k, v = request_of(0, SMOL, 32, 64, dtype, batch=2)
+    lengths = np.array([5, 21])[:, None]
+    real, written = np.arange(32) < lengths, np.arange(64) < lengths
+    positions = np.where(real, np.arange(32), -1)
+    clean = attend(invariant, q, k, v, positions, 16)
+
+    def spoil(x, good):
+        return jnp.where(good, x, jnp.asarray(garbage, dtype))
+
+    out = attend(
+        invariant,
+        spoil(q, real[:, :, None, None]),
+        spoil(k, written[:, None, :, None]),
+        spoil(v, written[:, None, :, None]),
+        positions,
+        16,
+    )
+    for row, length in enumerate((5, 21)):
+        assert_same_bits(out[row, :length], clean[row, :length])
+
+
+def test_schedules_agree(request_of, dtype, assert_same_bits):
+    schedules = [
+        jit(f, static_argnames=("scale", "kv_split"))
+        for f in (portable.attention_whole, portable.attention_tiled)
+    ]
+    for batch, length, slots in ((1, 1, 64), (2, 33, 64), (5, 1, 16)):
+        q, k, v = request_of(0, SMOL, length, slots, dtype, batch)
+        positions = np.arange(length) + np.arange(batch)[:, None] * 7 % (slots - length)
+        at = jnp.asarray(positions, jnp.int32)
+        whole, tiled = (f(q, k, v, at, scale=0.125, kv_split=16) for f in schedules)
+        assert_same_bits(tiled, whole, f"B={batch}, T={length}")
+
+
+def test_split_is_part_of_the_contract(attend, request_of, invariant):
+    """Other splits, other bits: were it not so, the tests above would compare nothing."""
+    q, k, v = request_of(0, SMOL, 64, 64, jnp.float32)
+    fine, coarse = (np.asarray(attend(invariant, q, k, v, range(64), s)) for s in (16, 64))
+    assert (fine != coarse).any()
+
+
+def test_negative_control(attend, request_of, bits):
+    """Plain XLA fails the comparison of decode with prefill."""
+    q, k, v = request_of(0, SMOL, 64, 64, jnp.float32)
+    prefill = bits(attend("xla", q, k, v, range(64), 16))
+    steps = [bits(attend("xla", q[:, t : t + 1], k, v, [t], 16)) for t in range(64)]
+    assert any((step != prefill[:, t : t + 1]).any() for t, step in enumerate(steps))
+
+
+def test_neighbours_of_nan(attend, request_of, invariant, dtype, assert_same_bits):
+    q, k, v = request_of(0, SMOL, 1, 64, dtype, batch=5)
+    expected = attend(invariant, q, k, v, [50], 16)
+    among = (jnp.full_like(x, jnp.nan).at[3].set(x[3]) for x in (q, k, v))
+    out = attend(invariant, *among, [50], 16)
+    assert_same_bits(out[3], expected[3])
+    assert np.isnan(np.asarray(out, np.float32)[[0, 1, 2, 4]]).all()
+
+
+def test_runs_twice_alike(attend, request_of, invariant, dtype, assert_same_bits):
+    q, k, v = request_of(0, SMOL, 64, 64, dtype)
+    first, second = (attend(invariant, q, k, v, range(64), 16) for _ in range(2))
+    assert_same_bits(first, second)
+
+
+@settings(max_examples=40)
+@given(
+    batch=st.sampled_from([2, 5, 33]),
+    place=st.floats(0, 1, exclude_max=True),
+    position=st.integers(0, 63),
+    seed=st.integers(0, 2**32 - 1),
+    exponent=st.integers(-12, 3),
+)
+def test_any_batch_any_row_any_content(
+    attend, request_of, invariant, assert_same_bits, batch, place, position, seed, exponent
+):
+    """Large scores make single keys win, small ones make all alike."""
+    rng = np.random.default_rng(seed)
+    row = int(place * batch)
+    q, k, v = request_of(seed, SMOL, 1, 64, jnp.float32, batch)
+    q = q * jnp.float32(2.0**exponent)
+    positions = rng.integers(-1, 64, (batch, 1))
+    positions[row] = position
+    among = attend(invariant, q, k, v, positions, 16)
+    alone = attend(invariant, *(x[row : row + 1] for x in (q, k, v)), [position], 16)
+    assert_same_bits(among[row], alone[0])
