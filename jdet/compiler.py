@@ -55,7 +55,13 @@ def compiler_options(
 def jit(
     fun: Callable[..., Any], *, implementation: str = "portable", **kwargs: Any
 ) -> Callable[..., Any]:
-    """`jax.jit` with `compiler_options(implementation)`; other keywords as there."""
+    """`jax.jit` with `compiler_options(implementation)`; other keywords as there.
+
+    Raises:
+      EnvironmentRefused: XLA_FLAGS breaks the promise that `implementation` makes.
+    """
+    if implementation != "xla":
+        check_environment()
     return jax.jit(fun, compiler_options=compiler_options(implementation), **kwargs)
 
 

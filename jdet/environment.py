@@ -31,10 +31,11 @@ def device() -> dict[str, Any]:
     """
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    # jax 0.11.2 fails an assertion where JAX_PLATFORMS names only backends it has no plugin for.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no such backend here"])[0]
         raise ValueError(
-            f"jax finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): "
-            f"{str(error).splitlines()[0]}"
+            f"jax finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): {reason}"
         ) from None
     return {
         "platform": devices[0].platform,
@@ -81,7 +82,10 @@ def describe() -> dict[str, Any]:
     return {
         "versions": versions(),
         "device": where,
-        "mode": {"implementation": implementation, "batch_invariant": implementation is not None},
+        "mode": {
+            "implementation": implementation,
+            "batch_invariant": implementation is not None and flags["accepted"],
+        },
         "implementations": {op: list(available(op)) for op in OPS},
         "contract": {"leaves": contract.leaves, "kv_split": contract.kv_split},
         "fingerprint": Ops(implementation, contract).fingerprint if implementation else None,

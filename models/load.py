@@ -53,9 +53,13 @@ def _ops(implementation: str | None, contract: Contract | None) -> Ops:
 
 
 def _check_dtype(dtype: DTypeLike) -> Any:
-    if jnp.dtype(dtype).name not in DTYPES:
-        raise ValueError(f"dtype={jnp.dtype(dtype).name!r}; allowed: {', '.join(DTYPES)}")
-    return jnp.dtype(dtype)
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:  # a string that names no type
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}; allowed: {', '.join(DTYPES)}")
+    return jnp.dtype(name)
 
 
 def load(

@@ -107,7 +107,11 @@ def run_job(job):
             @jax.jit
             def rows_that_differ(x, w, b, ref, m=m):
                 y = mosaic_gpu.matmul(
-                    x, w, bias=b, leaves=job["leaves"], out_dtype=job["out"],
+                    x,
+                    w,
+                    bias=b,
+                    leaves=job["leaves"],
+                    out_dtype=job["out"],
                     schedule=job.get("schedule"),
                 )
                 return jnp.sum(jnp.any(_bits(y) != _bits(ref[:m]), axis=1))
@@ -153,7 +157,10 @@ def run_control(job):
         groups.setdefault(np.asarray(y[0]).tobytes(), []).append(m)
     wrong = [] if len(groups) > 1 else [[0, 0, "plain XLA showed one bit pattern only"]]
     return {
-        **job, "patterns": sorted(groups.values()), "calls": len(job["ms"]), "wrong": wrong,
+        **job,
+        "patterns": sorted(groups.values()),
+        "calls": len(job["ms"]),
+        "wrong": wrong,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -164,19 +171,27 @@ def dispatch(job):
 
 
 def describe(_):
-    import timing
+    import timing  # pyright: ignore[reportMissingImports]
 
     return timing.environment()
 
 
 def matmul_jobs(quick):
-    """Ordered so that the widest coverage comes first."""
+    """Every case of the section."""
     from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
 
     def job(check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=False, **rest):
         return {
-            "op": "matmul", "check": check, "n": nk[0], "k": nk[1], "ms": tuple(ms),
-            "leaves": leaves, "dtype": dtype, "out": out, "bias": bias, **rest,
+            "op": "matmul",
+            "check": check,
+            "n": nk[0],
+            "k": nk[1],
+            "ms": tuple(ms),
+            "leaves": leaves,
+            "dtype": dtype,
+            "out": out,
+            "bias": bias,
+            **rest,
         }
 
     jobs = []
@@ -189,7 +204,9 @@ def matmul_jobs(quick):
     if not quick:
         for s in schedules(TOP, *TAIL, "bfloat16"):
             jobs.append(job("schedules", TAIL, (1, 9, 65, 257, 1000), bias=True, schedule=s))
-            jobs.append(job("schedules", (4096, 4096), (1, 17, 129, 1000), out="float32", schedule=s))
+            jobs.append(
+                job("schedules", (4096, 4096), (1, 17, 129, 1000), out="float32", schedule=s)
+            )
         jobs.append(job("oracle", TAIL, (), dtype="float16", out="float16", bias=True))
         for nk in (*SMOLLM2, *QWEN3_8B):
             small = nk[0] * nk[1] < 2**24
@@ -200,21 +217,25 @@ def matmul_jobs(quick):
             for nk in ((576, 576), (960, 960), (576, 1536), (4096, 4096), (4096, 12288)):
                 jobs.append(job("default", nk, SOME_M, leaves))
     jobs.append(job("control", (4096, 4096), EVERY_M if not quick else REAL_M))
-    return jobs
+    # The longest first, so that no process is left with one at the end.
+    return sorted(jobs, key=lambda j: -(j["n"] * j["k"] + 10**7 * len(j["ms"])))
 
 
 SECTIONS = {"matmul": matmul_jobs}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer M and shapes")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--limit", type=float, default=480, help="seconds until it reports what it has")
+    parser.add_argument(
+        "--limit", type=float, default=480, help="seconds until it reports what it has"
+    )
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Many processes share the card: none may keep what it does not use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     jobs = [j for name in args.only for j in SECTIONS[name](args.quick)]
     end = time.monotonic() + args.limit
     pool = multiprocessing.get_context("spawn").Pool(args.jobs)
@@ -229,14 +250,15 @@ def main():
 
     hashes, failures, counts = {}, [], {}
     for r in rows:
-        label = f"{r['op']} {r['check']} N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
+        shape = f"N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
+        label = f"{r['op']} {r['check']} {shape}"
         count = counts.setdefault((r["op"], r["check"]), [0, 0, 0])
         count[0] += 1
         count[1] += r["calls"]
         count[2] += bool(r["wrong"])
         failures += [[label, r.get("schedule", ""), *w] for w in r["wrong"]]
         if "sha256" in r:
-            name = f"{label} bias={r['bias']}".replace(f" {r['check']}", "", 1)
+            name = f"{r['op']} {shape} bias={r['bias']}"
             if hashes.setdefault(name, r["sha256"]) != r["sha256"]:
                 failures.append([name, "", TOP, TOP, "two processes hash differently"])
         if r["check"] == "oracle":
@@ -244,7 +266,9 @@ def main():
         if r["check"] == "control":
             print(f"{label}: plain XLA {len(r['patterns'])} patterns {r['patterns']}")
     if len(rows) < len(jobs):
-        failures.append(["all", "", 0, 0, f"{len(jobs) - len(rows)} of {len(jobs)} jobs not finished"])
+        failures.append(
+            ["all", "", 0, 0, f"{len(jobs) - len(rows)} of {len(jobs)} jobs not finished"]
+        )
     print(f"{'check':24} {'cases':>6} {'shapes':>7} {'wrong':>6}")
     for (op, check), (cases, calls, bad) in sorted(counts.items()):
         print(f"{op + ' ' + check:24} {cases:6} {calls:7} {bad:6}")
@@ -253,10 +277,16 @@ def main():
     print(f"{len(failures)} failures, {env['device']}, jax {env['versions']['jax']}")
     if args.json:
         slim = [{k: v for k, v in r.items() if k not in ("sha256",)} for r in rows]
-        out = {**env, "failures": failures, "sha256": dict(sorted(hashes.items())),
-               "counts": {" ".join(k): dict(zip(("cases", "shapes", "wrong"), v, strict=True))
-                          for k, v in sorted(counts.items())},
-               "cases": sorted(slim, key=lambda r: json.dumps(r, default=str))}
+        out = {
+            **env,
+            "failures": failures,
+            "sha256": dict(sorted(hashes.items())),
+            "counts": {
+                " ".join(k): dict(zip(("cases", "shapes", "wrong"), v, strict=True))
+                for k, v in sorted(counts.items())
+            },
+            "cases": sorted(slim, key=lambda r: json.dumps(r, default=str)),
+        }
         args.json.write_text(json.dumps(out, indent=1, default=str) + "\n")
     sys.exit(bool(failures))
 

@@ -40,10 +40,11 @@ the two views. K / leaves must be a multiple of 8 (16-byte strides); N that is n
 computed in a wider y and cut by XLA.
 
 Budget: shared memory = stages * bk * (bm + bn) * 2 bytes for the ring, and per consumer one
-or two buffers of 64 rows by 128 bytes (normal) or bm rows by 64 results (swapped) for the
+or two buffers of 64 rows by up to 128 bytes (normal) or bm rows by 64 results (swapped) for the
 store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
 log2(leaves) + 1 for the partial sums, of 255 / 232 / 152 with 1 / 2 / 3 consumers.
-`Schedule.fits` checks both; ptxas reports no spill for any registered schedule.
+`Schedule.fits` checks both; ptxas reports no spill for a registered schedule, but for 16 bytes
+in the 256 x 192 tile.
 
 Sources: the PTX manual (wgmma, cp.async.bulk.tensor, mbarrier); JAX's Pallas Mosaic GPU guide
 and its Hopper matmul (jax/experimental/pallas/ops/gpu/hopper_matmul_mgpu.py) for the shape of a
@@ -123,7 +124,7 @@ def _balanced(leaf_sum: Any, first: jax.Array, leaves: int, shape: tuple[int, in
     return lax.fori_loop(0, 2, add, nothing)
 
 
-def _kernel(*refs: Any, s: Schedule, leaves: int, early: bool, interpret: bool) -> None:
+def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
     """The whole kernel; refs are x, w, bias if there is one, y."""
     x_g, w_g, *bias_g, y_g = refs
     m, n = y_g.shape
@@ -166,8 +167,6 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, early: bool, interpret: bool) 
             return mi * s.bm, ni * s.bn
 
         def produce():
-            if early:
-                plgpu.griddepcontrol_launch_dependents()
             if s.wgs > 1:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
@@ -213,8 +212,6 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, early: bool, interpret: bool) 
 
                 @pl.when(warp == 1)
                 def _():
-                    if early:
-                        plgpu.griddepcontrol_wait()
                     load(x_g, x_in, x_rows, 0, "cn" if s.cn > 1 else None)
 
         def operands(slot, c):
@@ -298,8 +295,8 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, early: bool, interpret: bool) 
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "early", "interpret"))
-def _matmul(x, w, bias, *, leaves, out_dtype, s, early, interpret):
+@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "interpret"))
+def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
     m, k = x.shape
     n = w.shape[0]
     if leaves > 1:
@@ -313,7 +310,7 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, early, interpret):
     clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.bn * s.cn)
     clustered = s.cm * s.cn > 1
     y = plgpu.kernel(
-        functools.partial(_kernel, s=s, leaves=leaves, early=early, interpret=bool(interpret)),
+        functools.partial(_kernel, s=s, leaves=leaves, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((m, wide), out_dtype),
         grid=(min(clusters, s.resident),),
         grid_names=("cluster",),
@@ -336,7 +333,6 @@ def matmul(
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
     schedule: Schedule | None = None,
-    weights_ready: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
     """y[M, N] = x[M, K] @ w[N, K]^T + bias[N]; see the module for the tree.
@@ -348,9 +344,6 @@ def matmul(
       leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
       out_dtype: x's dtype unless given; a 16-bit float or float32.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
-      weights_ready: a promise that w and bias were complete long before this call (parameters of
-        a model, not the result of a recent kernel). The kernel may then start, and fetch w,
-        while its predecessor still runs (programmatic dependent launch).
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
     Raises:
@@ -380,6 +373,4 @@ def matmul(
     s = schedule or default_schedule(m, n, k, x.dtype, leaves)
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
-    return _matmul(
-        x, w, bias, leaves=leaves, out_dtype=out, s=s, early=weights_ready, interpret=interpret
-    )
+    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, interpret=interpret)

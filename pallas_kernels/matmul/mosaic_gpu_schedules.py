@@ -34,6 +34,7 @@ class Schedule:
       split: the side of the wgmma that the consumers divide, 'm' or 'n'.
       cm, cn: blocks of a cluster along M (they share w) and along N (they share x).
       group: tiles along M that are walked before N moves on (reuse in L2).
+      slots: buffers a consumer rotates over when it stores its tile.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Schedule:
     cm: int = 1
     cn: int = 1
     group: int = 1
+    slots: int = 2
 
     def __post_init__(self) -> None:
         if self.kind not in ("normal", "swapped"):
@@ -95,9 +97,9 @@ class Schedule:
         return (64, math.gcd(cols, 128 // itemsize)) if self.kind == "normal" else (cols, 64)
 
     def store_slots(self, itemsize: int) -> int:
-        """Buffers of `stage_tile` that a consumer rotates over."""
-        rows, cols = self.stage_tile(itemsize)
-        return 1 if rows * cols == math.prod(self.wg_tile) else 2
+        """Buffers of `stage_tile` that a consumer rotates over, no more than it has pieces."""
+        pieces = math.prod(self.wg_tile) // math.prod(self.stage_tile(itemsize))
+        return min(self.slots, pieces)
 
     def smem_bytes(self, itemsize: int) -> int:
         """Shared memory of a block for results of `itemsize` bytes."""
@@ -117,7 +119,7 @@ class Schedule:
         shape = f"{self.bm}x{self.bn}x{self.bk}"
         return (
             f"{self.kind}-{shape}-s{self.stages}-w{self.wgs}{self.split}"
-            f"-c{self.cm}{self.cn}-g{self.group}"
+            f"-c{self.cm}{self.cn}-g{self.group}" + (f"-o{self.slots}" if self.slots != 2 else "")
         )
 
 
@@ -129,58 +131,55 @@ def _deep(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) 
     return Schedule(kind, bm, bn, stages, bk, **rest)
 
 
-# Every schedule that may run. Decode tiles first (one row of tiles over M), then prefill's.
-_REGISTERED = (
-    _deep("normal", 64, 32),
-    _deep("normal", 64, 32, bk=128),
-    _deep("normal", 64, 32, bk=256),
-    _deep("normal", 64, 32, bk=128, cn=2),
-    _deep("normal", 64, 48),
-    _deep("normal", 64, 48, bk=128),
-    _deep("normal", 64, 48, bk=128, cn=2),
-    _deep("normal", 64, 64, bk=128),
-    _deep("normal", 64, 64, bk=128, cn=2),
-    _deep("normal", 64, 96, bk=128),
-    _deep("normal", 64, 96, bk=128, cn=2),
-    _deep("normal", 64, 128, bk=128),
-    _deep("normal", 64, 128, bk=128, cn=2),
-    _deep("normal", 64, 192, bk=128),
-    _deep("normal", 64, 192, wgs=2, split="n"),
-    _deep("swapped", 8, 64, bk=128),
-    _deep("swapped", 8, 64, bk=256),
-    _deep("swapped", 16, 64, bk=128),
-    _deep("swapped", 16, 128, bk=128, wgs=2),
-    _deep("swapped", 32, 64, bk=128),
-    _deep("swapped", 32, 192, wgs=3),
-    _deep("swapped", 64, 64, bk=128),
-    _deep("swapped", 64, 128, bk=128, wgs=2),
-    _deep("normal", 128, 32, wgs=2, cn=2),
-    _deep("normal", 128, 32, bk=128, wgs=2, cn=2),
-    _deep("normal", 128, 48, wgs=2, cn=2),
-    _deep("normal", 128, 48, bk=128, wgs=2, cn=2),
-    _deep("normal", 128, 64, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 64, bk=128, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 80, wgs=2, cm=2, cn=2, group=8),
-    _deep("normal", 128, 96, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 96, bk=128, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 96, wgs=2, cm=2, group=8),
-    _deep("normal", 128, 96, wgs=2, cm=2, cn=2, group=8),
-    _deep("normal", 128, 128, wgs=2, group=8),
-    _deep("normal", 128, 128, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 128, wgs=2, cm=2, group=8),
-    _deep("normal", 128, 128, bk=128, wgs=2, group=8),
-    _deep("normal", 128, 192, wgs=2, group=8),
-    _deep("normal", 128, 192, wgs=2, cn=2, group=8),
-    _deep("normal", 128, 192, wgs=2, cm=2, group=8),
-    _deep("normal", 128, 256, wgs=2, group=8),
-    _deep("normal", 128, 256, wgs=2, group=16),
-    _deep("normal", 128, 256, wgs=2, cm=2, group=4),
-    _deep("normal", 128, 256, wgs=2, cm=2, group=8),
-    _deep("normal", 256, 96, wgs=2, cn=2, group=8),
-    _deep("normal", 256, 128, wgs=2, group=4),
-    _deep("normal", 256, 128, wgs=2, cn=2, group=4),
-    _deep("normal", 256, 192, wgs=2, group=4),
-    _deep("normal", 256, 192, wgs=2, cn=2, group=4),
+# Every schedule that may run. Those of `_CHOICES` are chosen by shape; the others are kept for
+# the comparison of bits: another orientation, depth, division or cluster.
+_SMALL = {bn: _deep("normal", 64, bn, bk=128) for bn in (32, 48, 64, 96, 128, 192)}
+_PAIRS = {bn: _deep("normal", 128, bn, wgs=2, cn=2, group=8) for bn in (48, 64, 96)}
+_PAIRS[32] = _deep("normal", 128, 32, bk=128, wgs=2, cn=2)
+_128X80 = _deep("normal", 128, 80, wgs=2, cm=2, cn=2, group=8)
+_128X96 = _deep("normal", 128, 96, wgs=2, cm=2, group=8)
+_128X128 = _deep("normal", 128, 128, wgs=2, group=8)
+_128X128_K128 = _deep("normal", 128, 128, bk=128, wgs=2, group=8)
+_128X192 = _deep("normal", 128, 192, wgs=2, group=8)
+_128X256 = _deep("normal", 128, 256, wgs=2, group=8)
+_128X256_PAIR = _deep("normal", 128, 256, wgs=2, cm=2, group=8)
+_256X192 = _deep("normal", 256, 192, wgs=2, group=4, slots=1)
+
+_LARGE = (
+    (_256X192, 1580),
+    (_128X192, 820),
+    (_128X128, 555),
+    (_128X96, 525),
+    (_PAIRS[64], 524),
+)
+
+# (largest M, ((schedule, cost of one tile), ...)): the choice is the least cost of all waves of
+# tiles, the first of equals. Up to M = 128 a tile costs the rows of w it streams; above, the
+# clock cycles of 64 elements of K, measured on an H100 (scripts/bench/matmul.py --sweep).
+_CHOICES = (
+    (32, tuple((_SMALL[bn], bn) for bn in (96, 64, 48, 32))),
+    (64, tuple((_SMALL[bn], bn) for bn in (192, 128, 96, 64, 48, 32))),
+    (128, ((_128X128_K128, 128), *((_PAIRS[bn], bn) for bn in (96, 64, 48, 32)))),
+    (256, ((_128X80, 440), (_128X96, 525), (_128X128, 555), (_128X192, 840), (_128X256, 1080))),
+    (1536, ((_128X256, 1060), *_LARGE)),
+    (1 << 31, ((_128X256_PAIR, 1060), *_LARGE)),
+)
+_REGISTERED = tuple(
+    dict.fromkeys(
+        (
+            *(s for _, choices in _CHOICES for s, _ in choices),
+            _deep("normal", 64, 32),
+            _deep("normal", 64, 32, bk=256),
+            _deep("normal", 64, 64, bk=128, cn=2),
+            _deep("normal", 64, 192, wgs=2, split="n"),
+            _deep("normal", 256, 128, wgs=2, cn=2, group=4),
+            _deep("swapped", 8, 64, bk=256),
+            _deep("swapped", 16, 128, bk=128, wgs=2),
+            _deep("swapped", 32, 192, wgs=3),
+            _deep("swapped", 64, 64, bk=128, cn=2),
+            _deep("swapped", 128, 128, wgs=2),
+        )
+    )
 )
 
 
@@ -197,15 +196,21 @@ def schedules(
 
 
 def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) -> Schedule:
-    """The schedule to use for a shape. Speed only."""
-    del dtype, k
-    fit = [s for s in _REGISTERED if s.fits(leaves)]
-    bm = 64 if m <= 64 else 128
-    rows = [s for s in fit if s.kind == "normal" and (s.bm == bm or s.bm > 128 < m)]
+    """The schedule to use for a shape. Speed only.
 
-    def cost(s):
-        tiles = math.ceil(m / (s.bm * s.cm)) * math.ceil(n / (s.bn * s.cn))
-        waves = math.ceil(tiles / s.resident)
-        return waves * s.bn * s.bm, -s.bn
+    Raises:
+      NotImplementedError: no schedule has registers for so many leaves.
+    """
+    del k, dtype
+    choices = next(choices for largest, choices in _CHOICES if m <= largest)
 
-    return min(rows, key=cost)
+    def cost(s: Schedule, of_tile: int) -> int:
+        clusters = -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
+        return -(-clusters // s.resident) * of_tile
+
+    costs = {s: cost(s, of_tile) for s, of_tile in choices if s.fits(leaves)}
+    if not costs:
+        costs = {s: cost(s, s.bm * s.bn) for s in _REGISTERED if s.fits(leaves)}
+    if not costs:
+        raise NotImplementedError(f"mosaic_gpu matmul has no registers for {leaves} leaves")
+    return min(costs, key=costs.__getitem__)

@@ -36,10 +36,11 @@ def device_us(f: Callable[..., Any], *args: Any, iterations: int = 7) -> float:
     from jax.experimental.mosaic.gpu import profiler
 
     # Not detached after each use: re-attaching fails after some tens of times.
-    _, times = profiler.Cupti(finalize=False).measure(f, iterations=iterations)(*args)
-    if times is None:
+    _, found = profiler.Cupti(finalize=False).measure(f, iterations=iterations)(*args)
+    if found is None:
         raise RuntimeError("CUPTI reported no kernel")
-    return statistics.median(times if isinstance(times, list) else [times]) * 1e3
+    times: Any = found if isinstance(found, list) else [found]
+    return statistics.median(times) * 1e3
 
 
 def wall_us(f: Callable[..., Any], *args: Any, iterations: int = 20) -> float:

@@ -64,9 +64,7 @@ def op():
     @functools.cache
     def jitted(name, implementation):
         function = implementation_of(name, implementation)
-        return jit(
-            function, implementation=implementation, static_argnames=_STATIC.get(name, ())
-        )
+        return jit(function, implementation=implementation, static_argnames=_STATIC.get(name, ()))
 
     return jitted
 
@@ -96,10 +94,13 @@ def assert_same_bits(bits):
 
 @pytest.fixture(scope="session")
 def normal():
-    """normal(seed, shape, dtype): standard normal numbers, rounded to dtype."""
+    """normal(seed, shape, dtype): standard normal numbers, rounded to dtype.
+
+    A numpy array: to slice one of jax's compiles a program a shape.
+    """
 
     def draw(seed, shape, dtype):
-        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+        return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
     return draw
 

@@ -70,20 +70,13 @@ def test_float32_result_of_bfloat16_does_not_follow_the_batch(
     assert_rows_alike(lambda x: matmul(x, w, out_dtype=jnp.float32), (x,), few_rows)
 
 
-def test_row_in_two_leaves_does_not_follow_the_batch(
-    op, invariant, dtype, rows, operands, assert_rows_alike
+@pytest.mark.parametrize("leaves", [2, 8])
+def test_row_in_leaves_does_not_follow_the_batch(
+    op, invariant, dtype, leaves, few_rows, operands, assert_rows_alike
 ):
     x, w, bias = operands(SHAPES["down"], dtype)
     matmul = op("matmul", invariant)
-    assert_rows_alike(lambda x: matmul(x, w, bias=bias, leaves=2), (x,), rows)
-
-
-def test_row_in_eight_leaves_does_not_follow_the_batch(
-    op, invariant, dtype, few_rows, operands, assert_rows_alike
-):
-    x, w, bias = operands(SHAPES["down"], dtype)
-    matmul = op("matmul", invariant)
-    assert_rows_alike(lambda x: matmul(x, w, bias=bias, leaves=8), (x,), few_rows)
+    assert_rows_alike(lambda x: matmul(x, w, bias=bias, leaves=leaves), (x,), few_rows)
 
 
 def test_leaves_are_added_in_a_balanced_tree(op, invariant, operands, assert_same_bits):
@@ -93,7 +86,7 @@ def test_leaves_are_added_in_a_balanced_tree(op, invariant, operands, assert_sam
     matmul = op("matmul", invariant)
     low, high = (matmul(x[:, s], w[:, s], leaves=4) for s in (slice(half), slice(half, None)))
     whole = matmul(x, w, leaves=8)
-    assert_same_bits(whole, low + high)
+    assert_same_bits(whole, np.asarray(low) + np.asarray(high))
     assert (np.asarray(whole) != np.asarray(matmul(x, w, leaves=1))).any(), "leaves do nothing"
 
 
@@ -108,24 +101,26 @@ def test_schedules_agree(shape, dtype, operands, assert_same_bits):
             assert_same_bits(tiled(x[:m], w, tile=tile), whole(x[:m], w), message)
 
 
-def test_negative_control(op, rows, operands, bits):
-    """Plain XLA fails the comparison.
+def test_negative_control(op, dtype, rows, operands, bits):
+    """Plain XLA fails the comparison: on CPU a single row is summed in another order.
 
-    float32, where a single row is a matrix-vector product in another order. bfloat16 with
-    weights [N, K] does not vary on every CPU (scripts/bench/results/cpu-dot-classes.json).
+    Which numbers of rows agree on which CPU: scripts/bench/results/cpu-dot-classes.json. In
+    bfloat16 results the rounding can hide it.
     """
-    x, w, _ = operands(SHAPES["qkv"], jnp.float32)
+    x, w, _ = operands(SHAPES["qkv"], dtype)
     matmul = op("matmul", "xla")
-    whole = bits(matmul(x, w))
-    assert any((bits(matmul(x[:m], w)) != whole[:m]).any() for m in rows)
+    whole = bits(matmul(x, w, out_dtype=jnp.float32))
+    batches = (bits(matmul(x[:m], w, out_dtype=jnp.float32)) for m in rows)
+    assert any((y != whole[: len(y)]).any() for y in batches)
 
 
 def test_neighbours_of_nan_and_infinity(op, invariant, dtype, operands, assert_same_bits):
     x, w, _ = operands(SHAPES["qkv"], dtype)
     matmul = op("matmul", invariant)
     for m, row in ((2, 0), (9, 4), (300, 299)):
-        for poison in (jnp.nan, jnp.inf):
-            around = jnp.full_like(x[:m], poison).at[row].set(x[row])
+        for poison in (np.nan, np.inf):
+            around = np.full_like(x[:m], poison)
+            around[row] = x[row]
             y = matmul(around, w)
             assert_same_bits(y[row], matmul(x[:m], w)[row])
             assert not np.isfinite(np.asarray(y, np.float32)[row - 1]).any()
@@ -152,6 +147,6 @@ def test_any_batch_any_row_any_content(
     row = int(place * m)
     batch = rng.standard_normal((m, x.shape[1]), np.float32) * np.float32(2.0**exponent)
     matmul = op("matmul", invariant)
-    among = matmul(jnp.asarray(batch), w)
+    among = matmul(batch, w)
     assert among.shape == (m, w.shape[0])
-    assert_same_bits(among[row], matmul(jnp.asarray(batch[row : row + 1]), w)[0])
+    assert_same_bits(among[row], matmul(batch[row : row + 1], w)[0])

@@ -1,0 +1,157 @@
+"""Dispatch and checks: an error that names both sides; never another implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdet import pallas_kernels
+from jdet.contract import Contract
+from jdet.ops import Ops, checks, default_implementation
+
+
+def zeros(*shape, dtype=jnp.float32):
+    """What the checks look at: a shape and a dtype."""
+    return jnp.zeros(shape, dtype)
+
+
+BFLOAT16 = jnp.bfloat16
+WRONG_MATMUL = {
+    "other K": ((zeros(5, 8), zeros(3, 4), None, 1), r"x \(5, 8\) and w \(3, 4\).*K=8"),
+    "weights of rank 3": ((zeros(5, 8), zeros(1, 3, 8), None, 1), r"w \(1, 3, 8\)"),
+    "other dtype": ((zeros(5, 8), zeros(3, 8, dtype=BFLOAT16), None, 1), "float32.*bfloat16"),
+    "bias of K": ((zeros(5, 8), zeros(3, 8), zeros(8), 1), r"bias \(8,\); must be \(3,\)"),
+    "leaves": ((zeros(5, 12), zeros(3, 12), None, 8), "K=12 .* 8 equal leaves"),
+}
+WRONG_RMS_NORM = {
+    "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
+    "residual": ((zeros(5, 8), zeros(8), zeros(4, 8)), r"\(5, 8\).*residual \(4, 8\)"),
+    "residual dtype": ((zeros(5, 8), zeros(8), zeros(5, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
+}
+WRONG_ROPE = {
+    "odd head": ((zeros(1, 1, 1, 7), zeros(9, 3), zeros(9, 3)), r"x \(1, 1, 1, 7\)"),
+    "table of the whole head": ((zeros(1, 1, 1, 8), zeros(9, 8), zeros(9, 8)), r"cos \(9, 8\)"),
+    "sine of another table": ((zeros(1, 1, 1, 8), zeros(9, 4), zeros(8, 4)), r"sin \(8, 4\)"),
+}
+Q, KV, AT = zeros(2, 3, 4, 8), zeros(2, 2, 32, 8), zeros(2, 3, dtype=jnp.int32)
+WRONG_ATTENTION = {
+    "values of another length": ((Q, KV, KV[:, :, :16], AT, 16), r"v_cache \(2, 2, 16, 8\)"),
+    "other batch": ((Q[:1], KV, KV, AT[:1], 16), r"q \(1, 3, 4, 8\), k_cache \(2, 2, 32, 8\)"),
+    "other head size": ((Q[..., :4], KV, KV, AT, 16), r"q \(2, 3, 4, 4\)"),
+    "heads": ((Q[:, :, :3], KV, KV, AT, 16), "3 query heads over 2 key heads"),
+    "positions": ((Q, KV, KV, AT[:, :2], 16), r"positions \(2, 2\); must be \(2, 3\)"),
+    "cache": ((Q, KV[:, :, :24], KV[:, :, :24], AT, 16), "24 slots .* kv_split=16"),
+}
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments", "message"),
+    [
+        pytest.param(getattr(checks, f"check_{op}"), *case, id=f"{op}: {name}")
+        for op, cases in {
+            "matmul": WRONG_MATMUL,
+            "rms_norm": WRONG_RMS_NORM,
+            "rope": WRONG_ROPE,
+            "attention": WRONG_ATTENTION,
+        }.items()
+        for name, case in cases.items()
+    ],
+)
+def test_check_names_both_sides(check, arguments, message):
+    with pytest.raises(ValueError, match=f"^{check.__name__.removeprefix('check_')}: .*{message}"):
+        check(*arguments)
+
+
+def test_checks_let_pass_what_fits():
+    checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
+    checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
+    checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
+    checks.check_attention(Q, KV, KV, AT, 16)
+
+
+def test_ops_check_before_they_compute():
+    """Each method calls its check; with faults that the types of its arguments let pass."""
+    ops = Ops(contract=Contract(leaves=8, kv_split=16))
+    with pytest.raises(ValueError, match="^matmul: "):
+        ops.matmul(zeros(5, 12), zeros(3, 12), k_sharded=True)
+    with pytest.raises(ValueError, match="^rms_norm: "):
+        ops.rms_norm(zeros(5, 8), zeros(8), eps=1e-5, residual=zeros(5, 8, dtype=BFLOAT16))
+    with pytest.raises(ValueError, match="^rope: "):
+        ops.rope(zeros(1, 1, 1, 7), zeros(9, 3), zeros(9, 3), zeros(1, 1, dtype=jnp.int32))
+    with pytest.raises(ValueError, match="^attention: "):
+        ops.attention(Q, KV[:, :, :24], KV[:, :, :24], AT)
+
+
+def test_contract_reaches_the_kernels():
+    """`leaves` only where K is sharded; `kv_split` in attention; bits tell."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal((m, 1536)), jnp.float32) for m in (4, 8))
+    one, eight = (Ops(contract=Contract(leaves=n, kv_split=16)) for n in (1, 8))
+    plain = one.matmul(x, w)
+    assert (eight.matmul(x, w) == plain).all()
+    assert (one.matmul(x, w, k_sharded=True) == plain).all()
+    assert (eight.matmul(x, w, k_sharded=True) != plain).any()
+    q, k, v = (jnp.asarray(rng.standard_normal(KV.shape), jnp.float32) for _ in range(3))
+    q, at = q.transpose(0, 2, 1, 3), jnp.full((2, 32), 31, jnp.int32)
+    coarse = Ops(contract=Contract(kv_split=32))
+    assert (one.attention(q, k, v, at) != coarse.attention(q, k, v, at)).any()
+
+
+def test_leading_axes_are_rows():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((8, 64)), jnp.float32)
+    y = Ops().matmul(x, w)
+    assert y.shape == (2, 3, 8)
+    assert (y.reshape(6, 8) == Ops().matmul(x.reshape(6, 64), w)).all()
+
+
+def test_log_softmax_is_float32_for_any_logits():
+    assert Ops().log_softmax(zeros(2, 8, dtype=BFLOAT16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["Portable", "triton", "mosaic", ""])
+def test_unknown_implementation(name):
+    allowed = "allowed: reference, portable, xla, mosaic_gpu, mosaic_tpu"
+    with pytest.raises(ValueError, match=f"unknown implementation {name!r}; {allowed}"):
+        Ops(name)
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_implementation_that_does_not_cover_every_op(name):
+    """It says which op, and what there is; nothing falls back in silence."""
+    with pytest.raises(NotImplementedError, match=f"has no {name!r} .* it has: reference, porta"):
+        Ops(name)
+
+
+@pytest.mark.parametrize("op", pallas_kernels.OPS)
+def test_no_kernel_for_tpu_yet(op):
+    message = f"^{op} has no 'mosaic_tpu' implementation yet; it has: reference, portable, xla"
+    with pytest.raises(NotImplementedError, match=message):
+        pallas_kernels.implementation_of(op, "mosaic_tpu")
+
+
+@pytest.mark.parametrize("op", pallas_kernels.OPS)
+def test_every_op_has_its_reference_its_default_and_its_control(op):
+    assert pallas_kernels.available(op)[:3] == ("reference", "portable", "xla")
+    for name in ("reference", "portable", "xla"):
+        assert pallas_kernels.implementation_of(op, name).__name__ == op
+
+
+def test_unknown_op():
+    with pytest.raises(ValueError, match="unknown op 'conv'; ops: attention, embed"):
+        pallas_kernels.implementation_of("conv", "portable")
+
+
+def test_default_implementation_follows_the_platform():
+    assert default_implementation("cpu") == default_implementation("gpu") == "portable"
+    assert default_implementation() == default_implementation(jax.default_backend())
+    with pytest.raises(NotImplementedError, match="no TPU kernel .*implementation='portable'"):
+        default_implementation("tpu")
+
+
+def test_ops_are_static_arguments():
+    """Equal ops hash alike, so that a program is compiled once for them."""
+    assert Ops("xla") == Ops("xla") and hash(Ops("xla")) == hash(Ops("xla"))
+    assert Ops("xla") != Ops("portable") != Ops(contract=Contract(leaves=2))
+    assert Ops("xla").fingerprint == Contract().fingerprint("xla")

@@ -1,0 +1,169 @@
+"""The Mosaic GPU matmul in Pallas' simulator of a GPU: right, and clipped where it must be.
+
+The bits of the real tensor core are compared on a GPU by scripts/check_gpu.py; here the
+copies, barriers, clusters, tails and masks of each kind of schedule are run on a CPU.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jdet.pallas_kernels.matmul import mosaic_gpu
+from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule
+
+simulated = functools.partial(mosaic_gpu.matmul, interpret=plgpu.InterpretGPUParams())
+
+NORMAL = Schedule("normal", 64, 32, stages=3)
+SWAPPED = Schedule("swapped", 16, 64, stages=3)
+KINDS = {
+    "normal": NORMAL,
+    "normal, long steps": Schedule("normal", 64, 48, stages=2, bk=128),
+    "normal, two consumers over N": Schedule("normal", 64, 64, stages=2, wgs=2, split="n"),
+    "normal, two consumers, 2 x 2 cluster": Schedule(
+        "normal", 128, 32, stages=2, wgs=2, cm=2, cn=2, group=2
+    ),
+    "swapped": SWAPPED,
+    "swapped, two consumers, pairs": Schedule("swapped", 16, 128, stages=2, wgs=2, cn=2),
+}
+kinds = pytest.mark.parametrize("schedule", KINDS.values(), ids=KINDS)
+
+
+@pytest.fixture(scope="module")
+def operands(normal):
+    """operands(m, n, k, dtype): x, w, bias as jax arrays."""
+
+    def draw(m, n, k, dtype=jnp.bfloat16):
+        shapes = ((m, k), (n, k), (n,))
+        return tuple(jnp.asarray(normal(i, s, dtype)) for i, s in enumerate(shapes))
+
+    return draw
+
+
+def assert_right(y, x, w, bias=None):
+    """Against float64: the error of one float32 sum and of one rounding."""
+    x64, w64 = (np.asarray(a).astype(np.float64) for a in (x, w))
+    want = x64 @ w64.T + (0 if bias is None else np.asarray(bias).astype(np.float64))
+    tolerance = 1e-5 * np.sqrt(x.shape[1]) + float(jnp.finfo(y.dtype).eps) * abs(want)
+    assert y.shape == want.shape
+    assert (abs(np.asarray(y).astype(np.float64) - want) <= tolerance).all()
+
+
+@kinds
+def test_right_with_ragged_edges(operands, schedule):
+    x, w, bias = operands(9, 136, 136)  # a tail of 8 in K, of 8 rows in N, of 1 row in M
+    y = simulated(x, w, bias=bias, out_dtype=jnp.float32, schedule=schedule)
+    assert y.dtype == jnp.float32
+    assert_right(y, x, w, bias)
+
+
+@pytest.mark.parametrize("schedule", [NORMAL, SWAPPED], ids=["normal", "swapped"])
+def test_row_does_not_follow_the_batch(operands, assert_same_bits, schedule):
+    x, w, _ = operands(65, 24, 136)
+    whole = simulated(x, w, schedule=schedule)
+    assert_right(whole, x, w)
+    for m in (1, 7, 8, 9, 64):
+        assert_same_bits(simulated(x[:m], w, schedule=schedule), whole[:m], f"M={m}")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "leaves"), [(NORMAL, 8), (SWAPPED, 2)], ids=["normal", "swapped"]
+)
+def test_leaves_with_tails(operands, assert_same_bits, schedule, leaves):
+    x, w, _ = operands(3, 24, 8 * 72)  # a leaf of eight is 64 + 8 long, one of two 288
+    y = simulated(x, w, leaves=leaves, out_dtype=jnp.float32, schedule=schedule)
+    parts = zip(jnp.split(x, leaves, axis=1), jnp.split(w, leaves, axis=1), strict=True)
+    sums = [simulated(a, b, out_dtype=jnp.float32, schedule=schedule) for a, b in parts]
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
+    assert_same_bits(y, sums[0])
+
+
+@pytest.mark.parametrize("schedule", [NORMAL, SWAPPED], ids=["normal", "swapped"])
+def test_rows_keep_to_themselves(operands, assert_same_bits, schedule):
+    x, w, _ = operands(12, 24, 72)
+    poisoned = x.at[jnp.array([0, 5, 11])].set(jnp.nan)
+    clean, dirty = (simulated(v, w, schedule=schedule) for v in (x, poisoned))
+    assert np.isnan(np.asarray(dirty[5]).astype(np.float32)).all()
+    keep = np.array([1, 2, 3, 4, 6, 7, 8, 9, 10])
+    assert_same_bits(np.asarray(dirty)[keep], np.asarray(clean)[keep])
+
+
+def test_float16_and_n_of_no_multiple_of_eight(operands):
+    x, w, bias = operands(5, 37, 64, jnp.float16)
+    y = simulated(x, w, bias=bias)
+    assert y.dtype == jnp.float16
+    assert_right(y, x, w, bias)
+
+
+def test_nothing_to_do():
+    empty = jnp.zeros((0, 64), jnp.bfloat16)
+    assert mosaic_gpu.matmul(empty, jnp.ones((8, 64), jnp.bfloat16)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 8])
+def test_default_is_registered_and_has_room(leaves):
+    for m in (1, 8, 33, 64, 65, 128, 200, 256, 257, 1000, 4096, 100_000):
+        for n, k in ((8, 64), (576, 576), (4096, 4096), (151_936, 4096)):
+            s = mosaic_gpu.default_schedule(m, n, k, jnp.bfloat16, leaves)
+            assert s in mosaic_gpu.schedules(m, n, k, jnp.bfloat16, leaves)
+            assert s.fits(leaves)
+
+
+def test_every_schedule_states_its_budget():
+    every = mosaic_gpu.schedules(1, 8, 64, jnp.bfloat16, out_size=2)
+    assert len({str(s) for s in every}) == len(every)
+    for s in every:
+        assert s.smem_bytes(4) <= 232_448
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "upside down"}, "'normal' or 'swapped'"),
+        ({"split": "k"}, "'m' or 'n'"),
+        ({"bm": 32}, "multiple of 64"),
+        ({"wgs": 2}, "multiple of 64"),
+        ({"bn": 264}, "up to 256"),
+        ({"cn": 3}, "1, 2 or 4"),
+        ({"bn": 40, "cm": 2}, "parts of 8 rows"),
+        ({"bk": 96}, "multiple of 64"),
+        ({"stages": 1}, "stages"),
+    ],
+)
+def test_impossible_schedules_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**({"kind": "normal", "bm": 64, "bn": 32, "stages": 3} | fields))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "kwargs", "error", "message"),
+    [
+        ((2, 64), (8, 72), {}, ValueError, "share K"),
+        ((2, 64), (8, 64), {"leaves": 3}, ValueError, "power of two"),
+        ((2, 64), (8, 64), {"leaves": 16}, NotImplementedError, "multiples of 8"),
+        ((2, 60), (8, 60), {}, NotImplementedError, "multiples of 8"),
+        ((2, 64), (8, 64), {"out_dtype": jnp.int8}, NotImplementedError, "cannot write"),
+        ((2, 64), (8, 64), {"bias": jnp.ones((4,))}, ValueError, "bias must have shape"),
+    ],
+)
+def test_what_it_cannot_do_is_said(x, w, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        mosaic_gpu.matmul(jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16), **kwargs)
+
+
+def test_other_dtypes_are_refused():
+    half, single = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((8, 64), jnp.float32)
+    with pytest.raises(ValueError, match="share a dtype"):
+        mosaic_gpu.matmul(half, single)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        mosaic_gpu.matmul(single, single)
+
+
+def test_a_schedule_without_room_is_refused():
+    large = Schedule("normal", 128, 256, stages=4, wgs=2)
+    half = jnp.ones((8, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="no room"):
+        mosaic_gpu.matmul(half, half, leaves=2, schedule=large)
