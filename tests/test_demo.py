@@ -1,6 +1,8 @@
 """The demo: its compositions, its figures, and its verdict on a model small enough to test."""
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -28,22 +30,67 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    """SmolLM2's widths, two layers, random weights, a word a token."""
+    """SmolLM2's widths, one layer, random weights, a word a token."""
     vocabulary = {word: i for i, word in enumerate([*PROMPT.split(), "<unk>"])}
     backend = tokenizers.Tokenizer(token_models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(
         backend, bos_to_add=None, eos_token_ids=[], chat_template=None, source="test"
     )
-    config = DecoderConfig.from_hf(small_config())
+    config = DecoderConfig.from_hf(small_config(layers=1, vocab_size=512))
     return dataclasses.replace(jdet.random_model(config, dtype="bfloat16"), tokenizer=tokenizer)
 
 
+def run_cli(model, *arguments: str) -> int:
+    sizes = ",".join(map(str, SIZES))
+    asked = ["--prompt", PROMPT, "--tokens", str(TOKENS), "--batches", sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jdet, "load", lambda *args, **kwargs: model)
+        return main(["demo", *asked, *arguments])
+
+
+@dataclasses.dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+    figures: dict
+    picture: bytes
+    experiment: demo.Experiment
+
+
 @pytest.fixture(scope="module")
-def experiment(model) -> demo.Experiment:
-    assert model.tokenizer is not None
-    prompt = model.tokenizer.encode(PROMPT)
-    return demo.run_experiment(model, prompt, sizes=SIZES, tokens=TOKENS)
+def ran(model, tmp_path_factory) -> Ran:
+    """The command, run once for all tests; it compiles for most of a minute."""
+    folder = tmp_path_factory.mktemp("demo")
+    experiments = []
+
+    def keep(*args, **kwargs):
+        experiments.append(run(*args, **kwargs))
+        return experiments[0]
+
+    run = demo.run_experiment
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.setattr(demo, "run_experiment", keep)
+        files = ["--json", str(folder / "demo.json"), "--plot", str(folder / "demo.png")]
+        status = run_cli(model, *files)
+    return Ran(
+        status,
+        out.getvalue(),
+        err.getvalue(),
+        json.loads((folder / "demo.json").read_text()),
+        (folder / "demo.png").read_bytes(),
+        experiments[0],
+    )
+
+
+@pytest.fixture
+def experiment(ran) -> demo.Experiment:
+    return ran.experiment
 
 
 def test_compositions_are_what_they_claim(experiment):
@@ -78,33 +125,24 @@ def test_plain_xla_parts_and_jdet_does_not(experiment):
     assert all(o.generated == 13 * TOKENS for o in experiment.outcomes.values())
 
 
-def run_cli(model, monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(jdet, "load", lambda *args, **kwargs: model)
-    sizes = ",".join(map(str, SIZES))
-    return main(
-        ["demo", "--prompt", PROMPT, "--tokens", str(TOKENS), "--batches", sizes, *arguments]
-    )
-
-
-def test_command(model, monkeypatch, capsys, tmp_path):
-    figures, picture = tmp_path / "demo.json", tmp_path / "demo.png"
-    status = run_cli(model, monkeypatch, "--json", str(figures), "--plot", str(picture))
-    printed = capsys.readouterr()
-    assert status == 0, printed.err
-    assert "unique completions" in printed.out and "slowdown" in printed.out
-    assert "jdet: run, batch 8" in printed.err  # the progress bar
-    written = json.loads(figures.read_text())
+def test_command(ran, model):
+    assert ran.status == 0, ran.err
+    assert "unique completions" in ran.out and "slowdown" in ran.out
+    assert "jdet: run, batch 8" in ran.err  # the progress bar
+    written = ran.figures
     assert written["xla"].keys() == written["jdet"].keys() == FIGURES
     assert {"slowdown", "fingerprint", "versions", "device"} <= written.keys()
     speeds = [written[mode]["tokens_per_second"] for mode in ("xla", "jdet")]
     assert written["slowdown"] == speeds[0] / speeds[1]
     assert written["fingerprint"] == model.ops.fingerprint
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert ran.picture.startswith(b"\x89PNG")
 
 
-def test_command_fails_where_jdet_differs(model, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "default_implementation", lambda: "xla")
-    assert run_cli(model, monkeypatch) == 1
+def test_command_fails_where_jdet_differs(experiment, model, monkeypatch, capsys):
+    outcomes = experiment.outcomes
+    broken = dataclasses.replace(experiment, outcomes=outcomes | {"jdet": outcomes["xla"]})
+    monkeypatch.setattr(demo, "run_experiment", lambda *args, **kwargs: broken)
+    assert run_cli(model) == 1
     message = capsys.readouterr().err
     assert "jdet's completions are not all one: composition 1 (batch of 2" in message
 
@@ -128,7 +166,7 @@ def test_command_fails_where_jdet_differs(model, monkeypatch, capsys):
 )
 def test_bad_arguments(arguments, expected, model, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_compile", lambda *args: pytest.fail("refused too late"))
-    assert run_cli(model, monkeypatch, *arguments) == 2
+    assert run_cli(model, *arguments) == 2
     printed = capsys.readouterr()
     assert expected in printed.err and printed.err.startswith("jdet: error: ")
     assert len(printed.err.strip().splitlines()) <= 2 and printed.out == ""
@@ -139,7 +177,7 @@ def test_unwritable_file(model, monkeypatch, capsys, tmp_path):
     file.write_text("keep")
     # Root may write anywhere, so the system's answer is replaced rather than provoked.
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != file)
-    assert run_cli(model, monkeypatch, "--json", str(file)) == 2
+    assert run_cli(model, "--json", str(file)) == 2
     assert "no permission to write" in capsys.readouterr().err
     assert file.read_text() == "keep"
 

@@ -55,7 +55,7 @@ def test_row_does_not_follow_the_batch():
     seeds = np.random.default_rng(0).integers(0, 2**32, (65, 2), np.uint32)
     index, position = np.arange(65, dtype=np.int32) % 4, np.arange(65, dtype=np.int32) * 11
     whole = bits(noise(seeds, index, position, VOCABULARY))
-    for batch in (1, 2, 3, 7, 8, 33, 64):
+    for batch in (1, 2, 7, 33):
         pick = (np.arange(batch) + 5 * batch) % 65
         part = noise(seeds[pick], index[pick], position[pick], VOCABULARY)
         assert part.shape == (batch, VOCABULARY)
@@ -65,7 +65,7 @@ def test_row_does_not_follow_the_batch():
 def test_token_does_not_follow_the_size_of_the_vocabulary():
     """A padded vocabulary draws what the real one draws."""
     whole = bits(noise(words(7), ints(0), ints(0), VOCABULARY))
-    for size in (1, 2, 7, 513, VOCABULARY - 1):
+    for size in (1, 7, VOCABULARY - 1):
         part = bits(noise(words(7), ints(0), ints(0), size))
         np.testing.assert_array_equal(part, whole[:, :size])
 

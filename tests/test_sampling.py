@@ -197,22 +197,27 @@ def test_truncations_are_those_of_plain_numpy(content):
         assert tokens[row] == np.argmax(noisy), p
 
 
+wrong = functools.partial(pytest.mark.xfail, raises=AssertionError)
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"temperature": 1e-37},
         {"top_p": 1e-37},
-        pytest.param({"top_p": 1e-46}, marks=pytest.mark.xfail(reason="keeps no token")),
-        pytest.param({"temperature": 1.2e-38}, marks=pytest.mark.xfail(reason="logits overflow")),
+        pytest.param({"top_p": 1e-46}, marks=wrong(reason="no token is kept")),
+        pytest.param({"temperature": 1.2e-38}, marks=wrong(reason="logits overflow")),
     ],
     ids=str,
 )
 def test_smallest_values_take_the_most_probable_token(values):
     logits = np.array([[0, 12, 9, 20, 5]], np.float32)
-    assert draw(logits, sampling_arrays([SamplingParams(seed=1, **values)]), jnp.arange(1)) == [3]
+    s = sampling_arrays([SamplingParams(seed=1, **values)])
+    [token] = draw(logits, s, np.zeros(1, np.int32))
+    assert token == 3
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 33, 64])
+@pytest.mark.parametrize("batch", [1, 2, 8, 33])
 def test_token_follows_neither_batch_nor_neighbours(batch):
     """Each row among rows with all kinds of parameters, and among greedy rows only.
 

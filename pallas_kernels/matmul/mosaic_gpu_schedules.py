@@ -67,8 +67,8 @@ class Schedule:
             raise ValueError(f"a cluster must cut the tiles in parts of 8 rows: {self}")
         if max(self.bm, self.bn) > 256:
             raise ValueError(f"the copy engine moves at most 256 rows: {self}")
-        if self.bk % CHUNK or self.stages < 2:
-            raise ValueError(f"bk must be a multiple of {CHUNK} and stages >= 2: {self}")
+        if self.bk % CHUNK or self.stages < 2 or self.slots < 1:
+            raise ValueError(f"bk must be a multiple of {CHUNK}, stages >= 2, slots >= 1: {self}")
 
     @property
     def mma_tile(self) -> tuple[int, int]:

@@ -1,8 +1,12 @@
 """RMSNorm: right against float64, and the same bits in any batch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jdet.compiler import jit
+from jdet.pallas_kernels import implementation_of
 
 EPS = 1e-5
 
@@ -73,6 +77,26 @@ def test_shape_of_the_batch_does_not_matter(op, invariant, dtype, operands, asse
     for shape in ((12, 1), (1, 12), (3, 4)):
         y = norm(x[:12].reshape(*shape, 576), weight, eps=EPS)[0]
         assert_same_bits(np.asarray(y).reshape(12, 576), flat, str(shape))
+
+
+def test_surroundings_do_not_matter(op, invariant, operands, assert_same_bits):
+    """Inside another program, fused with what makes its input and what takes its result.
+
+    LLVM turns a product and a sum in one fusion into one operation, so a fusion that ended
+    elsewhere would change bits in float32.
+    """
+    x, _, weight = operands(576, jnp.float32)
+    alone = np.asarray(op("rms_norm", invariant)(x, weight, eps=EPS)[0])
+    norm, weight = implementation_of("rms_norm", invariant), jnp.asarray(weight)
+    programs = {
+        "producer": lambda x: norm(x * 2 * 0.5, weight, eps=EPS)[0],
+        "consumer": lambda x: norm(x, weight, eps=EPS)[0] * 2,
+        "loop": lambda x: jax.lax.map(lambda row: norm(row[None], weight, eps=EPS)[0][0], x),
+        "vmap": jax.vmap(lambda row: norm(row, weight, eps=EPS)[0]),
+    }
+    for name, program in programs.items():
+        y = np.asarray(jit(program, implementation=invariant)(x))
+        assert_same_bits(y / 2 if name == "consumer" else y, alone, name)
 
 
 def test_neighbours_of_nan(op, invariant, dtype, operands, assert_same_bits):
