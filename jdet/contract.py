@@ -28,7 +28,8 @@ class Contract:
     def __post_init__(self) -> None:
         for name, low in (("leaves", 1), ("kv_split", 16)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low or value & (value - 1):
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if not is_int or value < low or value & (value - 1):
                 raise ValueError(f"{name}={value!r}; allowed: powers of two from {low}")
 
     def fingerprint(self, implementation: str) -> str:

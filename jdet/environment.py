@@ -41,12 +41,13 @@ def device() -> dict[str, Any]:
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
         "count": len(devices),
-        "host_cpu": _cpu_name(),
+        "host_cpu": cpu_name(),
         "host_cores": os.cpu_count(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The host processor's model name."""
     # On the CPU backend jax calls every device "cpu", and the bits follow the architecture.
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from jdet.pallas_kernels.trees import exp, tree_sum
 from jdet.rng import MAX_SEED, gumbel
 
+_MAX_INT32 = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -25,7 +27,7 @@ class SamplingParams:
 
     Attributes:
       n: completions of the prompt; each has its own noise (sample index 0..n-1).
-      temperature: 0 takes the most probable token (ties: the lowest token id).
+      temperature: 0 takes the most probable token (ties: the lowest token id); else 1e-4..1e4.
       top_p: smallest set of most probable tokens with at least this probability; 1 is off.
       top_k: most probable tokens to choose from; 0 is off.
       min_p: drop tokens less probable than min_p times the most probable one; 0 is off.
@@ -46,8 +48,9 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    # Both are stored as tuples.
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -57,17 +60,31 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low in (("n", 1), ("top_k", 0), ("max_tokens", 1)):
             value = getattr(self, name)
-            if not _is_int(value) or value < low:
-                raise ValueError(f"{name}={value!r}; allowed: integers from {low}")
-        _check_number("temperature", self.temperature, "numbers >= 0", lambda v: v >= 0)
+            capped = name != "n"
+            if not _is_int(value) or value < low or (capped and value > _MAX_INT32):
+                until = " to 2**31-1" if capped else ""
+                raise ValueError(f"{name}={value!r}; allowed: integers from {low}{until}")
+            object.__setattr__(self, name, int(value))
+        # Outside, logits / temperature overflows in float32 or has no digits left.
+        _check_number(
+            "temperature",
+            self.temperature,
+            "0, or 1e-4 to 1e4",
+            lambda v: v == 0 or 1e-4 <= v <= 1e4,
+        )
         _check_number("top_p", self.top_p, "0 < top_p <= 1", lambda v: 0 < v <= 1)
         _check_number("min_p", self.min_p, "0 <= min_p <= 1", lambda v: 0 <= v <= 1)
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
-            raise ValueError(f"seed={self.seed!r}; allowed: integers 0..2**64-1")
+        if self.seed is not None:
+            if not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
+                raise ValueError(f"seed={self.seed!r}; allowed: integers 0..2**64-1")
+            object.__setattr__(self, "seed", int(self.seed))
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r}; allowed: non-empty strings")
-        if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}; allowed: token ids")
+        if not all(_is_int(t) and 0 <= t <= _MAX_INT32 for t in self.stop_token_ids):
+            raise ValueError(
+                f"stop_token_ids={self.stop_token_ids!r}; allowed: token ids from 0 to 2**31-1"
+            )
+        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"n={self.n} with temperature=0 would give {self.n} equal completions; "
@@ -151,6 +168,7 @@ def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"
     # associative_scan writes the prefix sums out as elementwise additions: one fixed tree.
     before = lax.associative_scan(jnp.add, p, axis=-1) - p
     keep &= (s.top_p[:, None] >= 1) | (before < s.top_p[:, None] * tree_sum(p)[:, None])
+    keep |= rank == 0  # whatever underflows: a top_p of 1e-46 is 0 in float32
     rank_of_token = jnp.argsort(order, axis=-1)
     return jnp.take_along_axis(keep, rank_of_token, axis=-1)
 
@@ -169,7 +187,9 @@ def sample(
 
     def draw() -> Int32[Array, " B"]:
         hot = s.temperature > 0
-        scaled = logits / jnp.where(hot, s.temperature, 1)[:, None]
+        # From the row's maximum down, so that a low temperature makes no infinity of it.
+        below = logits - logits.max(axis=-1, keepdims=True)
+        scaled = below / jnp.where(hot, s.temperature, 1)[:, None]
         truncated = hot & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
         keep = lax.cond(
             truncated.any(),

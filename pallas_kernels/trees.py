@@ -3,9 +3,17 @@
 XLA picks the emitter, the tile and so the order of a `reduce` by shape and by the
 surrounding fusion; on CPU it also hands `exp` and `log` to a vector routine for the bulk
 of an array and to another routine for its tail, and the two differ in the last bit
-(measured: 8 of 4,096 values of `exp` change with the array's length). The functions here
-are made of additions, multiplications, comparisons and integer operations alone, each of
-which is one correctly rounded operation wherever the element stands.
+(scripts/bench/results/cpu-dot-classes.json: about a tenth of the elements of `exp` change
+at lengths 3, 5, 6 and 7). The functions here are made of additions, multiplications,
+comparisons and integer operations alone, with no tail of their own.
+
+LLVM may still contract a product and an addition of one fusion into an FMA, which rounds
+once instead of twice. The result was found the same for every number of rows and every
+surrounding program tried (`test_tree_sum_does_not_follow_the_batch` and
+`test_element_does_not_follow_the_length_of_its_array` in tests/pallas_kernels/test_trees.py,
+`test_row_does_not_follow_the_batch` and `test_surroundings_do_not_matter` in
+test_rms_norm.py); where it matters most, in the sum of squares of rms_norm/portable.py, the
+contraction is prevented.
 """
 
 from typing import Any

@@ -99,21 +99,9 @@ def _consecutive(lasts, length, padding=0):
 
     out = np.full((len(lasts), length), -1)
     for i, last in enumerate(lasts):
-        real = min(last + 1, length - (padding if i else 0))
+        real = min(last + 1, length - (min(padding, length - 1) if i else 0))
         out[i, :real] = last - real + 1 + np.arange(real)
     return out
-
-
-def _spread(**sizes):
-    from jdet.pallas_kernels.attention.mosaic_gpu import Schedule
-
-    return Schedule("spread", **sizes)
-
-
-def _walked(wgs):
-    from jdet.pallas_kernels.attention.mosaic_gpu import Schedule
-
-    return Schedule("walked", wgs=wgs)
 
 
 def run_oracle(job):
@@ -148,14 +136,16 @@ def run_oracle(job):
 
 
 def run_schedules(job):
+    from jdet.pallas_kernels.attention import mosaic_gpu
+
     sizes, length, dtype = job["sizes"], job["length"], job["dtype"]
     lasts = job["lasts"]
     positions = _consecutive(lasts, length, length // 3)
     args = _case(4, len(lasts), length, 2048, sizes, positions, dtype)
-    first = _ours(*args, _walked(1))
+    first_schedule = mosaic_gpu.Schedule("walked")
+    first = _ours(*args, first_schedule)
     wrong = []
-    others = [_spread(), _spread(blocks=37, merge_rows=16)]
-    others += [_walked(2)] if length > 1 else []
+    others = [s for s in mosaic_gpu.schedules(length) if s != first_schedule]
     for s in others:
         differ = _rows_that_differ(_ours(*args, s), first)
         if differ:
@@ -447,9 +437,8 @@ def main():
             row["ratio"] = round(row["ours_us"] / row["cudnn_us"], 3)
         print({k: v for k, v in row.items() if k not in ("op", "bytes", "operations")})
     if ceilings:
-        print(
-            f"copy {ceilings['copy'] / 1e12:.3f} TB/s, matrix {ceilings['matrix'] / 1e12:.0f} TFLOP/s"
-        )
+        rates = ceilings["copy"] / 1e12, ceilings["matrix"] / 1e12
+        print("copy {:.3f} TB/s, matrix {:.0f} TFLOP/s".format(*rates))
     print(f"{len(failures)} failures, {sum(r['calls'] for r in rows)} calls")
     if args.json:
         env = ceilings["environment"] if ceilings else {}

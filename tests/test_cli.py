@@ -95,7 +95,7 @@ BAD_REQUESTS = [
     (["hi", "--max-tokens", "511"], "together at most 512"),
     (["hi", "--max-tokens", "0"], "max_tokens=0; allowed: integers from 1"),
     (["hi", "--model", "no-such-model"], "unknown model 'no-such-model'"),
-    (["hi", "--temperature", "-1"], "temperature=-1.0; allowed: numbers >= 0"),
+    (["hi", "--temperature", "-1"], "temperature=-1.0; allowed: 0, or 1e-4 to 1e4"),
     (["hi", "--temperature", "nan"], "temperature=nan; allowed"),
     (["hi", "--top-p", "0"], "top_p=0.0; allowed: 0 < top_p <= 1"),
     (["hi", "--top-p", "1.5"], "top_p=1.5; allowed: 0 < top_p <= 1"),

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, its commands exist, its files are there."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -39,3 +40,15 @@ def test_commands_it_names_exist() -> None:
     for command in sorted(set(re.findall(r"`jdet (\w+)", README))):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0, command
+
+
+def test_its_figures_are_those_of_the_committed_results() -> None:
+    path = ROOT / "scripts" / "bench" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = dict(re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL))
+    assert shown.keys() == module.tables().keys()
+    for name, table in module.tables().items():
+        assert shown[name].strip() == table, f"run scripts/bench/tables.py for {name}"

@@ -35,7 +35,8 @@ def _op(name: str, implementation: str) -> Callable[..., Any]:
 def default_implementation(platform: str | None = None) -> str:
     """The invariant implementation for `platform` (the default backend).
 
-    `portable` everywhere until an accelerator's kernels cover every op.
+    `portable` everywhere, until an accelerator's kernels cover every op and whole models on
+    them are proven.
     """
     platform = platform or jax.default_backend()
     if platform == "tpu":

@@ -6,9 +6,12 @@ lists is compared with every other, bit for bit, by scripts/check_gpu_attention.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 ROWS = 64  # wgmma's M: query rows of a tile
 SMS = 132  # of an H100 or H200 SXM
@@ -60,26 +63,13 @@ class Shape:
     factor: float  # scale * log2(e)
 
     @property
-    def part_rows(self) -> int:
-        """Rows of a tile in the partial results."""
-        return -(-self.rows // 4) * 4
-
-    @property
     def tile(self) -> int:
         return min(self.kv_split, 128)
 
     def parts(self, tiles: int, splits: int) -> jax.ShapeDtypeStruct:
-        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each.
-
-        A group of splits may reach past the last: there is room for it.
-        """
-        splits += self.fold_group(tiles) - 1
-        rows = self.kv_heads * self.part_rows
-        return jax.ShapeDtypeStruct((tiles, splits, self.dim // 32 + 2, rows, 32), jnp.float32)
-
-    def fold_group(self, tiles: int) -> int:
-        """Splits that the fold fetches at once: more where many splits meet few blocks."""
-        return 4 if tiles * self.kv_heads <= SMS else 1
+        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each."""
+        shape = (tiles, splits, self.dim // 32 + 2, self.kv_heads * self.rows, 32)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     @property
     def tiles(self) -> int:
@@ -97,20 +87,52 @@ def shape_of(
     return Shape(kv_heads, dim, padded * queries, queries, kv_split, factor)
 
 
-def plan(high: jax.Array, blocks: int, d: Shape) -> tuple[jax.Array, jax.Array]:
-    """Equal shares of all (row, head, split) for the blocks of a spread grid; integers only.
+def splits_of(last: jax.Array, d: Shape) -> jax.Array:
+    """Splits that hold the keys 0..last."""
+    return lax.div(last + d.kv_split, d.kv_split)
 
-    Returns the first item of each row, and each block's first item, last, first row, last row.
-    """
-    items = (high + d.kv_split) // d.kv_split * d.kv_heads
-    rows = jnp.arange(items.shape[0])
-    ends = jnp.where(rows <= rows[:, None], items, 0).sum(1, dtype=jnp.int32)
-    share = jnp.maximum(-(-ends[-1] // blocks), 1)
-    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * share, ends[-1])
-    stop = jnp.minimum(begin + share, ends[-1])
-    first = (ends <= begin[:, None]).sum(1, dtype=jnp.int32)
-    last = (ends < stop[:, None]).sum(1, dtype=jnp.int32) + 1
-    return ends - items, jnp.stack([begin, stop, first, jnp.minimum(last, items.shape[0])], 1)
+
+# What a block does: body(items before, tile, head, first split, end, last key) for each of its
+# items, the splits first..end of one tile and head. Returns how many splits it has walked.
+
+
+def walk_block(body: Callable[..., None], *, bounds: Any, tiles: int, wgs: int, d: Shape) -> Any:
+    """In a kernel: block -> one head of `wgs` neighbouring tiles, all their splits."""
+    block = lax.axis_index("block")
+    sets = -(-tiles // wgs)
+    head, rest = lax.rem(block, d.kv_heads), lax.div(block, d.kv_heads)
+    first = (sets - 1 - lax.rem(rest, sets)) * wgs  # the longest first
+    row = lax.div(rest, sets) * tiles + first
+    last = bounds[row, 1]
+    for i in range(1, wgs):
+        other = bounds[row + lax.min(i, tiles - 1 - first), 1]
+        last = lax.max(last, other)
+    zero, splits = jnp.int32(0), splits_of(last, d)
+    body(zero, row, head, zero, splits, last)
+    return splits
+
+
+def walk_share(body: Callable[..., None], *, bounds: Any, d: Shape) -> Any:
+    """In a kernel: block -> every n-th of all (tile, split, head) that hold a key, n blocks."""
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+
+    def row_loop(row, state):
+        before, count = state
+        last = bounds[row, 1]
+        items = splits_of(last, d) * d.kv_heads
+        first = lax.rem(block + blocks - lax.rem(before, blocks), blocks)
+        mine = lax.div(lax.max(items - first, 0) + blocks - 1, blocks)
+
+        def item_loop(i, _):
+            item = first + i * blocks
+            split = lax.div(item, d.kv_heads)
+            body(count + i, row, lax.rem(item, d.kv_heads), split, split + 1, last)
+
+        lax.fori_loop(0, mine, item_loop, None)
+        return before + items, count + mine
+
+    zero = jnp.int32(0)
+    return lax.fori_loop(0, bounds.shape[0], row_loop, (zero, zero))[1]
 
 
 def schedules(length: int) -> tuple[Schedule, ...]:

@@ -9,7 +9,8 @@ Schedules:
   dimension is minor in both operands, and XLA:CPU's YNNPACK then always packs the weights,
   in a layout it chooses without looking at M; the packed layout fixes the order over K, so
   a row's bits are the same for every M >= 2. (With weights stored `[K, N]` it is not so:
-  it packs for M > 32 only, and the bits change there. Measured for M in 1..256, float32 and
+  it packs only above some M, and the bits change there; where depends on K (float32: at
+  M = 33 for K = 576, at M = 4 for K = 1024 and 1536). Measured for M in 1..256, float32 and
   bfloat16: scripts/bench/results/cpu-dot-classes.json.) One row alone would be a
   matrix-vector product in another order, so few rows are padded to `MIN_ROWS`.
 - `tiled` (any other backend): the rows are cut into tiles of `ROW_TILE`, the last one

@@ -18,6 +18,9 @@ def rms_norm(
     if residual is not None:
         s = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
     v = s.astype(jnp.float32)
-    mean = tree_sum(v * v)[..., None] * jnp.float32(1.0 / x.shape[-1])
+    # The maximum, exact, keeps LLVM from contracting the product into the tree's first
+    # addition (an FMA), which would follow fusion.
+    squares = jnp.maximum(v * v, jnp.float32(0))
+    mean = tree_sum(squares)[..., None] * jnp.float32(1.0 / x.shape[-1])
     scale = jnp.float32(1.0) / jnp.sqrt(mean + jnp.float32(eps))
     return (v * scale * weight.astype(jnp.float32)).astype(x.dtype), s

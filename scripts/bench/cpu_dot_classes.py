@@ -27,9 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cpu_model import cpu_name
 from jax import lax
 
+from jdet.environment import cpu_name
 from jdet.pallas_kernels import trees
 
 MS = (1, 2, 3, 4, 8, 16, 32, 33, 48, 64, 65, 128, 256)

@@ -23,6 +23,7 @@ import numpy as np
 
 import jdet
 from jdet.decoding import DecodeState, decode, prefill
+from jdet.environment import cpu_name
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams, sampling_arrays
 
@@ -84,13 +85,6 @@ def compare(ours: Callable[[], float], xla: Callable[[], float], repeats: int) -
         "xla_ms": round(statistics.median(b for _, b in pairs) * 1e3, 3),
         "ratio": round(statistics.median(a / b for a, b in pairs), 3),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
 
 
 def main() -> None:

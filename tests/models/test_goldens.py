@@ -64,6 +64,7 @@ def test_smollm2_scores_and_logits_are_those_of_transformers() -> None:
 def test_smollm2_writes_the_text_of_transformers() -> None:
     golden = np.load(GOLDENS / "smollm2_logits.npz")
     model = smollm2()
+    assert model.tokenizer is not None
     prompt = model.tokenizer.chat_prompt(
         [{"role": "user", "content": "Tell me about Richard Feynman"}]
     )

@@ -1,0 +1,97 @@
+"""The Markdown tables of the README, made from the committed results.
+
+    python scripts/bench/tables.py
+
+Each table stands in the README between `<!-- table NAME -->` and `<!-- end -->`; a test
+compares them, so that no figure there can differ from its file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo(name: str) -> str:
+    """One run of `jdet demo`."""
+    data = _load(name)
+    labels = {
+        "completions": "completions",
+        "unique": "unique completions",
+        "first_divergence": "first token at which they part",
+        "distinct_logprobs": "distinct bit patterns of log-probs",
+        "max_logprob_diff": "largest log-prob difference",
+        "tokens_per_second": "tokens per second",
+    }
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "never"
+        return f"{value:.3g}" if isinstance(value, float) and value < 1 else f"{value:.0f}"
+
+    rows = [[text, cell(data["xla"][k]), cell(data["jdet"][k])] for k, text in labels.items()]
+    return _table(["", "plain XLA", "jdet"], rows)
+
+
+def cpu() -> str:
+    """Decode step and prefill on a CPU."""
+    rows = [
+        [
+            f"{r['what']}, {r['dtype']}, {r['batch']} x {r['length']}",
+            f"{r['ours_ms']:.1f}",
+            f"{r['xla_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in _load("cpu-model.json")["rows"]
+    ]
+    return _table(["", "jdet ms", "plain XLA ms", "ratio"], rows)
+
+
+def matmul() -> str:
+    """Ratios of the Hopper matmul to plain XLA."""
+    rows = _load("h100-matmul.json")["rows"]
+    ops = list(dict.fromkeys(r["op"] for r in rows))
+    sizes = sorted({r["shape"][0] for r in rows})
+    ratio = {(r["op"], r["shape"][0]): f"{r['ratio']:.2f}" for r in rows}
+    return _table(["M", *map(str, sizes)], [[op, *(ratio[op, m] for m in sizes)] for op in ops])
+
+
+def attention() -> str:
+    """Times of the Hopper attention beside cuDNN's."""
+    rows = [
+        [
+            f"{'decode' if r['queries'] == 1 else 'prefill'}, {r['batch']} x {r['context']}",
+            f"{r['ours_us']:.0f}",
+            f"{r['cudnn_us']:.0f}",
+            f"{r['floor_us']:.0f}",
+            f"{r['ours_us'] / r['cudnn_us']:.2f}",
+        ]
+        for r in _load("h100-attention.json")["rows"]
+    ]
+    return _table(["", "jdet us", "cuDNN us", "floor us", "ratio"], rows)
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name in the README."""
+    return {
+        "demo-cpu": demo("demo-cpu.json"),
+        "demo-h100": demo("h100-demo-portable.json"),
+        "cpu": cpu(),
+        "matmul": matmul(),
+        "attention": attention(),
+    }
+
+
+if __name__ == "__main__":
+    for name, table in tables().items():
+        print(f"<!-- table {name} -->\n{table}\n<!-- end -->\n")

@@ -1,0 +1,117 @@
+"""The Mosaic GPU attention in Pallas' simulator of a GPU: right, and one set of bits.
+
+The bits of the real tensor core are compared on a GPU by scripts/check_gpu_attention.py; here the
+copies, barriers, masks, padding and the fold of each schedule run on a CPU. Slots of the cache
+that nobody has written, and padding queries, hold NaN.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jdet.pallas_kernels.attention import mosaic_gpu, reference
+from jdet.pallas_kernels.attention.mosaic_gpu import Schedule
+
+simulated = functools.partial(mosaic_gpu.attention, interpret=plgpu.InterpretGPUParams())
+
+KV_SPLIT = 64
+KINDS = {
+    "walked": Schedule("walked"),
+    "walked by two": Schedule("walked", wgs=2),
+    "spread": Schedule("spread", blocks=3),
+}
+SMOL, QWEN = (6, 2, 64), (4, 1, 128)  # heads, heads of keys, head size: groups of 3 and 4
+
+
+@pytest.fixture(scope="module")
+def case(normal):
+    """case(heads, positions, cache, dtype): q, k, v, positions, NaN where nobody may look."""
+
+    def draw(heads, positions, cache=128, dtype=jnp.bfloat16):
+        h, n, d = heads
+        at = np.asarray(positions, np.int32)
+        q = normal(0, (*at.shape, h, d), np.float32)
+        q = np.where((at < 0)[..., None, None], np.nan, q)
+        unseen = np.arange(cache) > at.max(1, keepdims=True)
+        k, v = (
+            np.where(unseen[:, None, :, None], np.nan, normal(i, (len(at), n, cache, d), "f4"))
+            for i in (1, 2)
+        )
+        return (*(jnp.asarray(x).astype(dtype) for x in (q, k, v)), jnp.asarray(at))
+
+    return draw
+
+
+def attend(case, schedule, kv_split=KV_SPLIT):
+    q = case[0]
+    y = simulated(*case, scale=q.shape[-1] ** -0.5, kv_split=kv_split, schedule=schedule)
+    assert y.shape == q.shape and y.dtype == q.dtype
+    return y
+
+
+def assert_right(y, case):
+    """Against the reference in float32, to the rounding of p and of the result."""
+    q, k, v = (jnp.nan_to_num(x.astype(jnp.float32)) for x in case[:3])
+    scale = q.shape[-1] ** -0.5
+    want = reference.attention(q, k, v, case[3], scale=scale, kv_split=KV_SPLIT)
+    eps = float(jnp.finfo(y.dtype).eps)
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("kind", ["walked", "spread"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_decode(case, kind, dtype):
+    """A first key, the last of a split, and a row that is padding."""
+    inputs = case(SMOL, [[0], [63], [-1]], dtype=dtype)
+    y = attend(inputs, KINDS[kind])
+    assert_right(y, inputs)
+    assert not np.asarray(y[2]).any()
+
+
+def test_prefill_in_every_schedule(case, assert_same_bits):
+    """Two tiles across the end of a split, padded; the bits of decode at two positions."""
+    length = 32
+    at = [[*range(40, 68), -1, -1, -1, -1]]
+    inputs = case(SMOL, at)
+    results = {name: attend(inputs, s) for name, s in KINDS.items()}
+    assert_right(results["walked"], inputs)
+    assert not np.asarray(results["walked"][0, length - 4 :]).any()
+    for name, y in results.items():
+        assert_same_bits(y, results["walked"], name)
+    q, k, v, _ = inputs
+    alone = attend((q[:, 27:28], k, v, jnp.full((1, 1), 67, jnp.int32)), KINDS["spread"])
+    assert_same_bits(alone, results["walked"][:, 27:28])
+
+
+def test_head_size_128_and_two_tiles_in_a_split(case, assert_same_bits):
+    """kv_split 256 is two tiles of 128 keys."""
+    inputs = case(QWEN, [[200]], cache=256)
+    walked = attend(inputs, KINDS["walked"], 256)
+    assert_right(walked, inputs)
+    assert_same_bits(attend(inputs, KINDS["spread"], 256), walked)
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_registered_schedules(length):
+    """The defaults are among those that the script compares on a GPU."""
+    registered = mosaic_gpu.schedules(length)
+    for batch in (1, 8, 64):
+        assert mosaic_gpu.default_schedule(batch, length, 32, 8) in registered
+
+
+def test_refuses_what_it_cannot_compute(case):
+    q, k, v, at = case(SMOL, [[3]])
+    call = functools.partial(mosaic_gpu.attention, scale=1.0, kv_split=KV_SPLIT)
+    with pytest.raises(NotImplementedError, match="float32"):
+        call(*(x.astype(jnp.float32) for x in (q, k, v)), at)
+    with pytest.raises(NotImplementedError, match="kv_split"):
+        mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
+    with pytest.raises(ValueError, match="positions"):
+        call(q, k, v, at[0])
+    with pytest.raises(ValueError, match="dtype"):
+        call(q, k.astype(jnp.float16), v, at)
+    with pytest.raises(ValueError, match="kind"):
+        Schedule("sideways")
