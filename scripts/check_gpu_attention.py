@@ -29,6 +29,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
@@ -232,11 +233,10 @@ def run_chunks(job):
         for start in range(0, length, size):
             stop = min(start + size, length)
             filled = np.arange(2048)[None, None, :, None] < stop
-            part = _ours(
-                q[:, start:stop],
-                *(np.where(filled, np.asarray(c), np.nan).astype(c.dtype) for c in (k, v)),
-                positions[:, start:stop],
+            k_part, v_part = (
+                np.where(filled, np.asarray(c), np.nan).astype(c.dtype) for c in (k, v)
             )
+            part = _ours(q[:, start:stop], k_part, v_part, positions[:, start:stop])
             differ = _rows_that_differ(part, whole[:, start:stop])
             if differ:
                 wrong.append(f"{differ} rows differ in chunk {start}:{stop} of {size}")
@@ -265,7 +265,7 @@ def run_time(job):
 
     import jax
     import jax.numpy as jnp
-    import timing
+    import timing  # pyright: ignore[reportMissingImports]
 
     heads, kv_heads, dim = QWEN
     batch, context, length = job["batch"], job["context"], job["length"]
@@ -320,7 +320,7 @@ def run_time(job):
 
 
 def run_ceilings(job):
-    import timing
+    import timing  # pyright: ignore[reportMissingImports]
 
     del job
     with LOCK:
@@ -333,7 +333,7 @@ def run_ceilings(job):
         }
 
 
-LOCK = None
+LOCK: Any = None  # of the device, set in every worker
 
 
 def _start(lock):
@@ -395,7 +395,7 @@ def time_jobs():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", help="checks to run, by name")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))

@@ -112,7 +112,7 @@ def _kernel(*refs: Any, s: Schedule, d: Shape, decode: bool, slots: int, interpr
     fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
     fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
 
-    def scope(q_s, kv_s, full, empty, q_full, q_empty, y_s=None, p_s=None):
+    def scope(q_s, kv_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
         q_in, q_mma = (q_s, q_s) if interpret else q_s
         wg = lax.axis_index("wg")
 
@@ -227,7 +227,8 @@ def _kernel(*refs: Any, s: Schedule, d: Shape, decode: bool, slots: int, interpr
                 m = jnp.maximum(m, x.max(axis=1))
             m = exact("mul.rn.f32", _ROW_LAYOUT, interpret, m, d.factor)
             base = m if limit is None else jnp.where(m == -jnp.inf, 0.0, m)
-            total, p = None, []
+            total: Any = None
+            p = []
             for x in scores:
                 x = jnp.exp2(fma(x, d.factor, _across(-base, d.tile)))
                 part = x.sum(axis=1)
@@ -393,7 +394,7 @@ def _attention(q, k_cache, v_cache, positions, *, scale, kv_split, s, interpret)
     else:
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
         grid = batch * pl.cdiv(tiles, s.wgs) * kv_heads
-    params = dict(
+    params: dict[str, Any] = dict(
         compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret or None
     )
     out = plgpu.kernel(

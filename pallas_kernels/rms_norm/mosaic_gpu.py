@@ -13,9 +13,9 @@ reads as zero and is not written. D must be a multiple of 8 (16-byte rows).
 
 Budget: shared memory 4 rows of D rounded up to 128; registers 2 * D / 128 a thread, float32.
 
-Status: runs in interpret mode and compiles for an H100. On the H100 it has run only inside a
-whole model whose bits differed between batches (scripts/bench/results/
-h100-model-mosaic-failed.json); by itself it has not been checked there, so nothing uses it.
+Status: runs in interpret mode and compiles for an H100. By itself it has not been checked on
+one, so nothing uses it; a whole model that held it, and an unfinished attention kernel, did not
+pass there (scripts/bench/results/h100-model-mosaic-failed.json).
 
 Sources: Zhang & Sennrich, arXiv:1910.07467; Mosaic GPU's reductions:
 jax/experimental/mosaic/gpu/fragmented_array.py.

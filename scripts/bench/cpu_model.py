@@ -78,7 +78,8 @@ def prefill_runner(model: LanguageModel, batch: int, length: int) -> Callable[[]
 
 def compare(ours: Callable[[], float], xla: Callable[[], float], repeats: int) -> dict[str, float]:
     """Time the two in turn."""
-    ours(), xla()
+    ours()
+    xla()
     pairs = [(ours(), xla()) for _ in range(repeats)]
     return {
         "ours_ms": round(statistics.median(a for a, _ in pairs) * 1e3, 3),

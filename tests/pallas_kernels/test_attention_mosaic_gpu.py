@@ -106,7 +106,7 @@ def test_refuses_what_it_cannot_compute(case):
     q, k, v, at = case(SMOL, [[3]])
     call = functools.partial(mosaic_gpu.attention, scale=1.0, kv_split=KV_SPLIT)
     with pytest.raises(NotImplementedError, match="float32"):
-        call(*(x.astype(jnp.float32) for x in (q, k, v)), at)
+        call(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), at)
     with pytest.raises(NotImplementedError, match="kv_split"):
         mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
     with pytest.raises(ValueError, match="positions"):
