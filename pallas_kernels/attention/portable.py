@@ -44,15 +44,16 @@ def _split(
     k: Float[Array, "B N S D"],
     v: Float[Array, "B N S D"],
     seen: Bool[Array, "B R S"],
+    written: Bool[Array, "B S"],
     scale: float,
 ) -> Partial:
-    """One split alone."""
+    """One split alone; `written` marks the keys that some query of the row sees."""
     score = _batched_dot(q, k, 3) * jnp.float32(scale)
     score = jnp.where(seen[:, None], score, -jnp.inf)
     m = jnp.max(score, axis=-1)  # a maximum is exact in any order
     p = exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None])
     # Slots nobody has written may hold NaN, and 0 * NaN is NaN.
-    v = jnp.where(seen.any(1)[:, None, :, None], v, jnp.zeros((), v.dtype))
+    v = jnp.where(written[:, None, :, None], v, jnp.zeros((), v.dtype))
     return m, tree_sum(p), _batched_dot(p.astype(v.dtype), v, 2)
 
 
@@ -79,8 +80,9 @@ def _attend(
     def partial_at(index: Int32[Array, ""]) -> Partial:
         start = index * kv_split
         k, v = (lax.dynamic_slice_in_dim(c, start, kv_split, 2) for c in (k_cache, v_cache))
-        seen = start + jnp.arange(kv_split) <= positions[:, :, None]
-        return _split(q, k, v, seen, scale)
+        keys = start + jnp.arange(kv_split)
+        written = keys <= jnp.max(positions, axis=1, keepdims=True)
+        return _split(q, k, v, keys <= positions[:, :, None], written, scale)
 
     first = partial_at(jnp.int32(0))
     if k_cache.shape[2] == kv_split:
