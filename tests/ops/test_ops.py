@@ -112,7 +112,7 @@ def test_log_softmax_is_float32_for_any_logits():
 
 @pytest.mark.parametrize("name", ["Portable", "triton", "mosaic", ""])
 def test_unknown_implementation(name):
-    allowed = "allowed: reference, portable, xla, mosaic_gpu, mosaic_tpu"
+    allowed = "allowed: reference, portable, xla, mosaic_gpu, mosaic_tpu, jax_triton"
     with pytest.raises(ValueError, match=f"unknown implementation {name!r}; {allowed}"):
         Ops(name)
 
