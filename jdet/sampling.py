@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
 from jdet.pallas_kernels.trees import exp, tree_sum
 from jdet.rng import MAX_SEED, gumbel
 
@@ -170,21 +171,26 @@ def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"
 
 
 def sample(
-    logits: Float32[Array, "B V"], s: SamplingArrays, position: Int32[Array, " B"]
+    logits: Float32[Array, "B V"],
+    normalizer: LogNormalizer,
+    s: SamplingArrays,
+    position: Int32[Array, " B"],
 ) -> Int32[Array, " B"]:
     """The next token of each row; `position` counts the row's own completion from 0.
+
+    `normalizer` is that of the logits: its argmax is the token of temperature 0.
 
     temperature > 0 takes the maximum of logits / temperature + Gumbel noise over the tokens
     that min_p, top_k and top_p leave (Gumbel-max trick); noise is that of `rng.gumbel`, by
     token id. Sorting and noise run only when a row of the batch asks for them, and change
     nothing in the rows that do not.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = normalizer.argmax
 
     def draw() -> Int32[Array, " B"]:
         hot = s.temperature > 0
         # From the row's maximum down, so that a low temperature makes no infinity of it.
-        below = logits - logits.max(axis=-1, keepdims=True)
+        below = logits - normalizer.maximum[:, None]
         scaled = below / jnp.where(hot, s.temperature, 1)[:, None]
         truncated = hot & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
         keep = lax.cond(

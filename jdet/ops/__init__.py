@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jdet.contract import Contract
 from jdet.ops.checks import check_attention, check_matmul, check_rms_norm, check_rope
 from jdet.pallas_kernels import OPS, implementation_of
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
@@ -147,6 +148,11 @@ class Ops:
         """silu(gate) * up of the two halves of the last axis."""
         return _op("silu_mul", self.implementation)(gate_up)
 
+    def log_normalizer(self, logits: Float[Array, "*rows V"]) -> LogNormalizer:
+        """What turns logits into log-probabilities, in float32, and the argmax of each row."""
+        return _op("log_normalizer", self.implementation)(logits.astype(jnp.float32))
+
     def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
-        """Log-probabilities over the vocabulary, in float32."""
-        return _op("log_softmax", self.implementation)(logits.astype(jnp.float32))
+        """Log-probabilities over the whole vocabulary, in float32."""
+        logits = logits.astype(jnp.float32)
+        return self.log_normalizer(logits).log_probs(logits)

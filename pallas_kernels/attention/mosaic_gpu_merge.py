@@ -6,6 +6,7 @@ be fused is therefore written as one explicit instruction (`exact`).
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,33 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.attention.mosaic_gpu_schedules import Schedule, Shape
+from jdet.pallas_kernels.attention.mosaic_gpu_schedules import Schedule, Shape, splits_of
+from jdet.pallas_kernels.exact import exact
 
 LANES = 32  # 32-bit elements in one 128-byte row
-RING = 16  # splits on their way into the fold
+RING = 4  # groups of splits on their way into the fold
 
 
 def fill(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def exact(instruction: str, layout: Any, interpret: bool, x: Any, *others: Any) -> jax.Array:
-    """An instruction that no compiler may fuse with another; `others` are arrays or floats."""
-    if interpret:
-        return x * others[0] if instruction == "mul.rn.f32" else x * others[0] + others[1]
-    arrays = [y for y in others if not isinstance(y, float)]
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,) * (1 + len(arrays)),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )
-    def apply(ctx, x, *arrays):
-        del ctx
-        given = iter(arrays)
-        full = [y if isinstance(y, float) else next(given) for y in others]
-        return x._pointwise(x._lift_fast_instr(instruction), *full)
-
-    return apply(x, *arrays)
 
 
 def merge(left: Any, right: Any, fma: Any, fma_row: Any, wide: Any) -> Any:
@@ -59,50 +42,55 @@ def finish(total: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.where(none, 0.0, out / jnp.where(none, 1.0, total) + 0.0)
 
 
-def fold(
-    part_g: Any,
-    bounds_g: Any,
-    y_g: Any,
-    part_s: Any,
-    y_s: Any,
-    full: Any,
-    *,
-    d: Shape,
-    interpret: bool,
-) -> None:
-    """Folds the splits of `merge_rows` rows in ascending order."""
-    pieces = d.dim // LANES
-    size = part_s.shape[2]
-    row, first = lax.axis_index("row"), lax.axis_index("part") * size
-    splits = lax.div(bounds_g[row, 1] + d.kv_split, d.kv_split)
+def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
+    """Folds what a spread grid left of some rows of one tile and head, in ascending order."""
+    part_g, bounds_g, offsets_g, shares_g, y_g = refs
+    part_s, y_s, full = (scratch[name] for name in ("part_s", "y_s", "full"))
+    pieces, (ring, group), size = d.dim // LANES, part_s.shape[:2], y_s.shape[1]
+    row, head = lax.axis_index("row"), lax.axis_index("head")
+    first = head * d.part_rows + lax.axis_index("part") * size
+    splits = splits_of(bounds_g[row, 1], d)
+    # The block that met split 0 has folded all of its own: they lie at the last of them.
+    per_block = lax.max(shares_g[0, 1] - shares_g[0, 0], 1)
+    item = offsets_g[row] + head * splits
+    begin = lax.min((lax.div(item, per_block) + 1) * per_block - item, splits) - 1
+    begin = lax.max(begin, 0)
+    steps = lax.div(splits - begin + group - 1, group)
 
     def fetch(i):
-        slot = lax.rem(i, RING)
-        plgpu.copy_gmem_to_smem(
-            part_g.at[row, i, :, pl.ds(first, size)], part_s.at[slot], full.at[slot]
-        )
+        slot = lax.rem(i, ring)
+        window = part_g.at[row, pl.ds(begin + i * group, group), :, pl.ds(first, size)]
+        plgpu.copy_gmem_to_smem(window, part_s.at[slot], full.at[slot])
 
-    lax.fori_loop(0, lax.min(splits, RING), lambda i, _: fetch(i), None)
+    lax.fori_loop(0, lax.min(steps, ring), lambda i, _: fetch(i), None)
     shape = (size, LANES)
     layout = plgpu.Layout.WG_STRIDED(shape, 1)
     fma = functools.partial(exact, "fma.rn.f32", layout, interpret)
 
     def step(i, state):
-        slot = lax.rem(i, RING)
+        slot = lax.rem(i, ring)
         plgpu.barrier_wait(full.at[slot])
-        *out, m, total = [part_s[slot, c] for c in range(pieces + 2)]
-        state = merge(state, (m, total, out), fma, fma, lambda x: x)
+        for j in range(group):
+            *out, m, total = [part_s[slot, j, c] for c in range(pieces + 2)]
+            m1, total1, out1 = merge(state, (m, total, out), fma, fma, lambda x: x)
+            if j:
+                m0, total0, out0 = state
+                index = lax.broadcast_in_dim(begin + i * group + j, shape, ())
+                there = plgpu.layout_cast(index, layout) < splits
+                m1, total1 = jnp.where(there, m1, m0), jnp.where(there, total1, total0)
+                out1 = [jnp.where(there, x, y) for x, y in zip(out1, out0, strict=True)]
+            state = m1, total1, out1
         plgpu.commit_smem()
 
-        @pl.when(i + RING < splits)
+        @pl.when(i + ring < steps)
         def _():
-            fetch(i + RING)
+            fetch(i + ring)
 
         return state
 
     zero = fill(shape, 0.0, layout)
     state = (fill(shape, -jnp.inf, layout), zero, [zero] * pieces)
-    _, total, out = lax.fori_loop(0, splits, step, state)
+    _, total, out = lax.fori_loop(0, steps, step, state)
     for c, x in enumerate(out):
         y_s[c] = finish(total, x).astype(y_g.dtype)
     plgpu.commit_smem()
@@ -115,6 +103,8 @@ def fold(
 def fold_splits(
     parts: jax.Array,
     bounds: jax.Array,
+    offsets: jax.Array,
+    shares: jax.Array,
     *,
     d: Shape,
     s: Schedule,
@@ -122,19 +112,20 @@ def fold_splits(
     interpret: Any,
     compiler_params: Any,
 ) -> jax.Array:
-    """[tiles, heads of keys x rows, dim] from what a spread grid has left."""
+    """[tiles, heads of keys x part_rows, dim] from what a spread grid has left."""
     tiles, _, chunks, rows, _ = parts.shape
+    size = math.gcd(s.merge_rows, d.part_rows)
     return plgpu.kernel(
         functools.partial(fold, d=d, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((tiles, rows, d.dim), dtype),
-        grid=(tiles, pl.cdiv(rows, s.merge_rows)),
-        grid_names=("row", "part"),
+        grid=(tiles, d.kv_heads, d.part_rows // size),
+        grid_names=("row", "head", "part"),
         scratch_types=dict(
-            part_s=plgpu.SMEM((RING, chunks, s.merge_rows, LANES), jnp.float32),
-            y_s=plgpu.SMEM((chunks - 2, s.merge_rows, LANES), dtype),
+            part_s=plgpu.SMEM((RING, s.fetch, chunks, size, LANES), jnp.float32),
+            y_s=plgpu.SMEM((chunks - 2, size, LANES), dtype),
             full=plgpu.Barrier(num_barriers=RING),
         ),
         kernel_name="jdet_attention_fold",
         compiler_params=compiler_params,
         interpret=interpret,
-    )(parts, bounds)
+    )(parts, bounds, offsets, shares)

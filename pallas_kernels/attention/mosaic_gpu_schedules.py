@@ -23,17 +23,19 @@ class Schedule:
     """How the tree is walked.
 
     Attributes:
-      kind: 'walked' (a block folds the splits of its rows as it goes) or 'spread' (a block
-        computes any split alone; a second kernel folds them).
+      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a block takes a share of
+        all splits; a second kernel folds what a block could not).
       wgs: consumer warpgroups of a block, each with 64 rows; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
+      fetch: splits that it fetches at once.
     """
 
     kind: str
     wgs: int = 1
     blocks: int = SMS
     merge_rows: int = 4
+    fetch: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("walked", "spread"):
@@ -42,6 +44,8 @@ class Schedule:
             raise ValueError(f"a block has 1 or 2 consumers, 1 if spread: {self}")
         if self.merge_rows % 4:
             raise ValueError(f"merge_rows must be a multiple of 4: {self}")
+        if self.blocks < 1 or self.fetch < 1:
+            raise ValueError(f"blocks and fetch must be positive: {self}")
 
     def slots(self, d: "Shape") -> int:
         """Tiles of keys or values that fit beside the queries and the results."""
@@ -63,12 +67,20 @@ class Shape:
     factor: float  # scale * log2(e)
 
     @property
+    def part_rows(self) -> int:
+        """Rows of a tile in the partial results."""
+        return -(-self.rows // 4) * 4
+
+    @property
     def tile(self) -> int:
         return min(self.kv_split, 128)
 
-    def parts(self, tiles: int, splits: int) -> jax.ShapeDtypeStruct:
-        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each."""
-        shape = (tiles, splits, self.dim // 32 + 2, self.kv_heads * self.rows, 32)
+    def parts(self, tiles: int, splits: int, fetch: int) -> jax.ShapeDtypeStruct:
+        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each.
+
+        The last fetch of the fold may reach past the last split: there is room for it.
+        """
+        shape = (tiles, splits + fetch - 1, self.dim // 32 + 2, self.kv_heads * self.part_rows, 32)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     @property
@@ -87,13 +99,29 @@ def shape_of(
     return Shape(kv_heads, dim, padded * queries, queries, kv_split, factor)
 
 
+def plan(high: jax.Array, blocks: int, d: Shape) -> tuple[jax.Array, jax.Array]:
+    """Equal shares of all (row, head, split) for the blocks of a spread grid; integers only.
+
+    Returns the first item of each row, and each block's first item, last, first row, last row.
+    """
+    items = (high + d.kv_split) // d.kv_split * d.kv_heads
+    rows = jnp.arange(items.shape[0])
+    ends = jnp.where(rows <= rows[:, None], items, 0).sum(1, dtype=jnp.int32)
+    share = jnp.maximum(-(-ends[-1] // blocks), 1)
+    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * share, ends[-1])
+    stop = jnp.minimum(begin + share, ends[-1])
+    first = (ends <= begin[:, None]).sum(1, dtype=jnp.int32)
+    last = (ends < stop[:, None]).sum(1, dtype=jnp.int32) + 1
+    return ends - items, jnp.stack([begin, stop, first, jnp.minimum(last, items.shape[0])], 1)
+
+
 def splits_of(last: jax.Array, d: Shape) -> jax.Array:
     """Splits that hold the keys 0..last."""
     return lax.div(last + d.kv_split, d.kv_split)
 
 
-# What a block does: body(items before, tile, head, first split, end, last key) for each of its
-# items, the splits first..end of one tile and head. Returns how many splits it has walked.
+# What a block does: body(segments before, splits before, tile, head, first split, end, last key)
+# for each of its segments, the splits first..end of one tile and head. Returns both counts.
 
 
 def walk_block(body: Callable[..., None], *, bounds: Any, tiles: int, wgs: int, d: Shape) -> Any:
@@ -108,47 +136,61 @@ def walk_block(body: Callable[..., None], *, bounds: Any, tiles: int, wgs: int, 
         other = bounds[row + lax.min(i, tiles - 1 - first), 1]
         last = lax.max(last, other)
     zero, splits = jnp.int32(0), splits_of(last, d)
-    body(zero, row, head, zero, splits, last)
-    return splits
+    body(zero, zero, row, head, zero, splits, last)
+    return jnp.int32(1), splits
 
 
-def walk_share(body: Callable[..., None], *, bounds: Any, d: Shape) -> Any:
-    """In a kernel: block -> every n-th of all (tile, split, head) that hold a key, n blocks."""
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+def walk_share(
+    body: Callable[..., None], *, bounds: Any, offsets: Any, shares: Any, d: Shape
+) -> Any:
+    """In a kernel: block -> its share of all (tile, head, split), see `plan`."""
+    block = lax.axis_index("block")
+    begin, stop = shares[block, 0], shares[block, 1]
 
     def row_loop(row, state):
-        before, count = state
-        last = bounds[row, 1]
-        items = splits_of(last, d) * d.kv_heads
-        first = lax.rem(block + blocks - lax.rem(before, blocks), blocks)
-        mine = lax.div(lax.max(items - first, 0) + blocks - 1, blocks)
+        last, offset = bounds[row, 1], offsets[row]
+        splits = splits_of(last, d)
+        low = lax.max(begin - offset, 0)
+        high = lax.min(stop - offset, splits * d.kv_heads)
+        per_head = lax.max(splits, 1)
 
-        def item_loop(i, _):
-            item = first + i * blocks
-            split = lax.div(item, d.kv_heads)
-            body(count + i, row, lax.rem(item, d.kv_heads), split, split + 1, last)
+        def head_loop(head, state):
+            segments, done = state
+            first = lax.max(low - head * splits, 0)
+            end = lax.min(high - head * splits, splits)
+            alone = first > 0  # what lies before is another block's
 
-        lax.fori_loop(0, mine, item_loop, None)
-        return before + items, count + mine
+            def segment_loop(i, _):
+                stop = jnp.where(alone, first + i + 1, end)
+                body(segments + i, done + i, row, head, first + i, stop, last)
+
+            count = jnp.where(alone, end - first, 1)
+            lax.fori_loop(0, count, segment_loop, None)
+            return segments + count, done + end - first
+
+        heads = lax.div(low, per_head), lax.div(high + per_head - 1, per_head)
+        return lax.fori_loop(*heads, head_loop, state)
 
     zero = jnp.int32(0)
-    return lax.fori_loop(0, bounds.shape[0], row_loop, (zero, zero))[1]
+    return lax.fori_loop(shares[block, 2], shares[block, 3], row_loop, (zero, zero))
 
 
 def schedules(length: int) -> tuple[Schedule, ...]:
     """Registered schedules for `length` queries a row: all of them give the same bits."""
     every = (
         Schedule("spread"),
+        Schedule("spread", fetch=4),
         Schedule("spread", blocks=37, merge_rows=16),
         Schedule("walked"),
         Schedule("walked", wgs=2),
     )
-    return every if length > 1 else every[:3]
+    return every if length > 1 else every[:4]
 
 
 def default_schedule(batch: int, length: int, heads: int, kv_heads: int) -> Schedule:
     """The schedule to use for a shape. Speed only."""
     tiles = math.ceil(length * heads / kv_heads / ROWS)
     if length == 1 or batch * tiles * kv_heads < 2 * SMS:
-        return Schedule("spread")
+        # Where few blocks fold, each has many splits to fetch.
+        return Schedule("spread", fetch=4 if batch * tiles * kv_heads <= SMS else 1)
     return Schedule("walked", wgs=2)
