@@ -32,6 +32,11 @@ and hand a buffer back when the next step has been issued. In a cluster of `cm x
 a tile of w is fetched once for the `cm` blocks that use it and multicast, a tile of x once
 for `cn`.
 
+`matmul_gated` is the same kernel with an elementwise gate of two results in its epilogue: w is
+[2 F, K], read as [2, F, K], and a tile of w is bn / 2 rows of each half, one below the other in
+shared memory. So one accumulator holds both results of a pair, in one thread; they are rounded
+as `matmul` rounds them before the gate sees them.
+
 Ragged edges: every dimension is clipped by the copy engine (zeros in, nothing out), K at the
 end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
@@ -44,7 +49,7 @@ or two buffers of 64 rows by up to 128 bytes (normal) or bm rows by 64 results (
 store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
 log2(leaves) + 1 for the partial sums, of 255 / 232 / 152 with 1 / 2 / 3 consumers.
 `Schedule.fits` checks both; ptxas reports no spill for a registered schedule, but for 16 bytes
-in the 256 x 192 tile.
+in the 256 x 192 tile that is not gated.
 
 Sources: the PTX manual (wgmma, cp.async.bulk.tensor, mbarrier); JAX's Pallas Mosaic GPU guide
 and its Hopper matmul (jax/experimental/pallas/ops/gpu/hopper_matmul_mgpu.py) for the shape of a

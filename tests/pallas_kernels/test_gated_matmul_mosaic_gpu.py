@@ -47,7 +47,8 @@ def test_gate_of_the_matmul(operands, assert_same_bits, schedule):
     """Ragged: a tail of 8 in K, of 1 row in M, and tiles that end beyond F."""
     x, w = operands(9, 136, 136)
     products = matmul(x, w, schedule=Schedule("normal", 64, 32, stages=3), interpret=simulator)
-    want = mosaic_gpu.silu_mul(*jnp.split(products, 2, axis=1), None, True)
+    gate, up = jnp.split(products, 2, axis=1)
+    want = mosaic_gpu.silu_mul(gate, up, None, True)
     assert_same_bits(simulated(x, w, schedule=schedule), want)
 
 
@@ -78,6 +79,13 @@ def test_float16_and_width_of_no_multiple_of_eight(operands):
     gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2, axis=1)
     want = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2e-2, atol=1e-3)
+
+
+def test_constants_of_the_formula():
+    """The simulator skips the instructions, so their constants are compared here."""
+    high, rest = mosaic_gpu._MINUS_LOG2_E, mosaic_gpu._REST
+    assert np.float32(high) == high
+    assert high + rest == -np.log2(np.e)
 
 
 def test_nothing_to_do():
