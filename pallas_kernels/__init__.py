@@ -22,6 +22,7 @@ from typing import Any
 OPS = (
     "attention",
     "embed",
+    "gated_matmul",
     "log_normalizer",
     "matmul",
     "qkv_heads",

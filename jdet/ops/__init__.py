@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jdet.contract import Contract
 from jdet.ops.checks import (
     check_attention,
+    check_gated_matmul,
     check_matmul,
     check_qkv_heads,
     check_rms_norm,
@@ -105,6 +106,18 @@ class Ops:
             x.reshape(-1, x.shape[-1]), w, bias=bias, leaves=leaves, out_dtype=out_dtype
         )
         return y.reshape(*x.shape[:-1], w.shape[0])
+
+    def gated_matmul(
+        self, x: Float[Array, "*rows K"], w: Float[Array, "two_f K"]
+    ) -> Float[Array, "*rows f"]:
+        """silu(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
+
+        Both products are `matmul`'s, rounded to x's dtype before the gate
+        (`pallas_kernels.gated_matmul.reference`).
+        """
+        check_gated_matmul(x, w)
+        y = _op("gated_matmul", self.implementation)(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(*x.shape[:-1], w.shape[0] // 2)
 
     def rms_norm(
         self,

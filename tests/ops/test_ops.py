@@ -23,6 +23,11 @@ WRONG_MATMUL = {
     "bias of K": ((zeros(5, 8), zeros(3, 8), zeros(8), 1), r"bias \(8,\); must be \(3,\)"),
     "leaves": ((zeros(5, 12), zeros(3, 12), None, 8), "K=12 .* 8 equal leaves"),
 }
+WRONG_GATED_MATMUL = {
+    "other K": ((zeros(5, 8), zeros(6, 4)), r"x \(5, 8\) and w \(6, 4\).*K=8"),
+    "no second half": ((zeros(5, 8), zeros(3, 8)), r"w \(3, 8\); w must be \[2 F"),
+    "other dtype": ((zeros(5, 8), zeros(6, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
+}
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
     "residual": ((zeros(5, 8), zeros(8), zeros(4, 8)), r"\(5, 8\).*residual \(4, 8\)"),
@@ -50,6 +55,7 @@ WRONG_ATTENTION = {
         pytest.param(getattr(checks, f"check_{op}"), *case, id=f"{op}: {name}")
         for op, cases in {
             "matmul": WRONG_MATMUL,
+            "gated_matmul": WRONG_GATED_MATMUL,
             "rms_norm": WRONG_RMS_NORM,
             "rope": WRONG_ROPE,
             "attention": WRONG_ATTENTION,
@@ -64,6 +70,7 @@ def test_check_names_both_sides(check, arguments, message):
 
 def test_checks_let_pass_what_fits():
     checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
+    checks.check_gated_matmul(zeros(2, 5, 16), zeros(6, 16))
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
     checks.check_attention(Q, KV, KV, AT, 16)
@@ -74,6 +81,8 @@ def test_ops_check_before_they_compute():
     ops = Ops(contract=Contract(leaves=8, kv_split=16))
     with pytest.raises(ValueError, match="^matmul: "):
         ops.matmul(zeros(5, 12), zeros(3, 12), k_sharded=True)
+    with pytest.raises(ValueError, match="^gated_matmul: "):
+        ops.gated_matmul(zeros(5, 8), zeros(3, 8))
     with pytest.raises(ValueError, match="^rms_norm: "):
         ops.rms_norm(zeros(5, 8), zeros(8), eps=1e-5, residual=zeros(5, 8, dtype=BFLOAT16))
     with pytest.raises(ValueError, match="^rope: "):
@@ -104,6 +113,9 @@ def test_leading_axes_are_rows():
     y = Ops().matmul(x, w)
     assert y.shape == (2, 3, 8)
     assert (y.reshape(6, 8) == Ops().matmul(x.reshape(6, 64), w)).all()
+    y = Ops().gated_matmul(x, w)
+    assert y.shape == (2, 3, 4)
+    assert (y.reshape(6, 4) == Ops().gated_matmul(x.reshape(6, 64), w)).all()
 
 
 def test_log_softmax_is_float32_for_any_logits():
