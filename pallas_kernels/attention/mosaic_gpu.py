@@ -1,7 +1,8 @@
 """Attention for Hopper in Pallas Mosaic GPU: one tree, two ways to walk it.
 
 See `reference.attention` for the op. bfloat16 or float16, head_dim 64 or 128, kv_split 64, 128 or
-256, S a multiple of it. Positions of a row are consecutive, padding (-1) at its end only.
+256, S a multiple of it, or pages (see `pages`). Positions of a row are consecutive, padding (-1) at
+its end only.
 
 Tree (what the bits depend on):
 
@@ -33,14 +34,15 @@ Schedules (what the bits do not depend on; mosaic_gpu_schedules):
 
 Decode uses the same 64-row tile with few real rows: it waits for memory, not for the tensor core.
 A producer warpgroup keeps a ring of tiles of keys and values full, in the order of use
-(`cp.async.bulk.tensor`, one mbarrier a slot), across the ends of splits, heads and rows.
+(`cp.async.bulk.tensor`, one mbarrier a slot), across the ends of splits, heads and rows. Of a paged
+cache it reads the page numbers itself, and starts one copy for each page that a tile meets.
 
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 5 slots, 2 x 16 KiB of queries and 16 KiB of results on their way out (spread),
 under 227 KiB. The fold: `RING * fetch` splits of 3 KiB for 4 rows. Registers of a consumer thread:
 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim 128
 ptxas stores 29 words a thread to local memory (spread), 37 (spread, prefill) or 86 (walked by 2);
-at 64 none, or 2 (walked by 2).
+at 64 none, or 2 (walked by 2). Pages of 64 add none, pages of 16 63 words, in the producer.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
@@ -66,6 +68,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     schedules,
     shape_of,
 )
+from jdet.pallas_kernels.attention.pages import check_pages
 
 __all__ = ["Schedule", "attention", "default_schedule", "schedules"]
 
@@ -74,9 +77,11 @@ _OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
 @functools.partial(jax.jit, static_argnames=("scale", "kv_split", "s", "interpret"))
-def _attention(q, k_cache, v_cache, positions, *, scale, kv_split, s, interpret):
+def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s, interpret):
     batch, length, heads, dim = q.shape
     kv_heads, cache = k_cache.shape[1:3]
+    if page_table is not None:
+        cache *= page_table.shape[1]
     group, decode, spread = heads // kv_heads, length == 1, s.kind == "spread"
     d = shape_of(length, group, kv_heads, dim, kv_split, scale)
     queries, padded = d.queries, d.rows // d.queries
@@ -92,9 +97,11 @@ def _attention(q, k_cache, v_cache, positions, *, scale, kv_split, s, interpret)
     )
     if not decode:
         inputs["rows"] = jnp.repeat(p, d.rows // queries, axis=1)
+    if page_table is not None:
+        inputs["table"] = page_table
     if spread:
         inputs["offsets"], inputs["shares"] = plan(bounds[:, 1], s.blocks, d)
-        out_type = d.parts(batch * tiles, cache // kv_split, s.fetch)
+        out_type = d.parts(batch * tiles, pl.cdiv(cache, kv_split), s.fetch)
         grid = s.blocks
     else:
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
@@ -140,6 +147,7 @@ def attention(
     *,
     scale: float,
     kv_split: int,
+    page_table: jax.Array | None = None,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -152,6 +160,8 @@ def attention(
       positions: [B, T], consecutive in a row; -1 at a row's end is padding, and gives zeros.
       scale: factor of the scores, positive.
       kv_split: keys of a split: 64, 128 or 256.
+      page_table: [B, N]; the caches are then [pages, Hkv, page_size, D], see `pages`. The
+        copies follow the table: nothing is gathered.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
@@ -161,12 +171,18 @@ def attention(
     """
     batch, length, heads, dim = q.shape
     kv_heads, cache = k_cache.shape[1:3]
-    if k_cache.shape != (batch, kv_heads, cache, dim) or v_cache.shape != k_cache.shape:
+    if k_cache.shape[3] != dim or v_cache.shape != k_cache.shape:
         raise ValueError(f"caches {k_cache.shape}, {v_cache.shape} do not go with q {q.shape}")
-    if positions.shape != (batch, length) or heads % kv_heads or cache % kv_split:
+    if positions.shape != (batch, length) or heads % kv_heads:
         raise ValueError(
-            f"q {q.shape} wants positions {(batch, length)}, heads in multiples of {kv_heads} and"
-            f" {cache} slots in multiples of {kv_split}; positions are {positions.shape}"
+            f"q {q.shape} wants positions {(batch, length)} and heads in multiples of {kv_heads};"
+            f" positions are {positions.shape}"
+        )
+    if page_table is not None:
+        check_pages(page_table, batch, cache, kv_split)
+    elif k_cache.shape[0] != batch or cache % kv_split:
+        raise ValueError(
+            f"caches {k_cache.shape} want {batch} rows of slots in multiples of {kv_split}"
         )
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"one dtype, not {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
@@ -184,5 +200,13 @@ def attention(
     if length == 1:
         s = dataclasses.replace(s, wgs=1)
     return _attention(
-        q, k_cache, v_cache, positions, scale=scale, kv_split=kv_split, s=s, interpret=interpret
+        q,
+        k_cache,
+        v_cache,
+        positions,
+        page_table,
+        scale=scale,
+        kv_split=kv_split,
+        s=s,
+        interpret=interpret,
     )

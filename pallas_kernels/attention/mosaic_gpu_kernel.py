@@ -55,7 +55,8 @@ def attention_kernel(
     """Everything but the fold of a spread grid. The inputs, by name, then the result:
 
     q, k, v; keys [tile] = 0, 1, ...; bounds, per tile of queries: its first and last position; if
-    prefill, rows: the position of each row of a tile; if spread, offsets and shares: see `plan`.
+    prefill, rows: the position of each row of a tile; if spread, offsets and shares: see `plan`;
+    if k and v are pages, table.
     """
     g, o_g = dict(zip(names, refs, strict=False)), refs[-1]
     q_g, bounds_g = g["q"], g["bounds"]
@@ -66,6 +67,8 @@ def attention_kernel(
     length = q_g.shape[1]
     tiles = pl.cdiv(length, d.queries)
     q_slots = 2 if spread else s.wgs
+    page_size = g["k"].shape[2] if "table" in g else d.tile
+    window = min(page_size, d.tile)  # keys of one copy
     fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
     fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
 
@@ -101,7 +104,23 @@ def attention_kernel(
             if s.wgs > 1:
                 plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
-            def item(count, done, row, head, first, end, _):
+            def tile_copies(src, batch, head, key, last, slot):
+                """Pairs of windows for the tile of keys or values from `key` on."""
+                if "table" not in g:
+                    return [(src.at[batch, head, pl.ds(key, d.tile)], kv_s.at[slot])]
+                keys = [key + i for i in range(0, d.tile, window)]
+                # After the page of the last key, that page again: nobody looks at it, and the
+                # table may hold anything there. All loads come before the first copy.
+                pages = [g["table"][batch, lax.div(lax.min(at, last), page_size)] for at in keys]
+                return [
+                    (
+                        src.at[page, head, pl.ds(lax.rem(at, page_size), window)],
+                        kv_s.at[slot, pl.ds(i * window, window)],
+                    )
+                    for i, (at, page) in enumerate(zip(keys, pages, strict=True))
+                ]
+
+            def item(count, done, row, head, first, end, last):
                 for i in range(s.wgs):
                     slot = lax.rem(count, 2) if spread else i
                     if spread:
@@ -128,9 +147,8 @@ def attention_kernel(
 
                         src = g["k" if j < d.tiles else "v"]
                         key = i * d.kv_split + j % d.tiles * d.tile
-                        plgpu.copy_gmem_to_smem(
-                            src.at[batch, head, pl.ds(key, d.tile)], kv_s.at[slot], full.at[slot]
-                        )
+                        for window_g, window_s in tile_copies(src, batch, head, key, last, slot):
+                            plgpu.copy_gmem_to_smem(window_g, window_s, full.at[slot])
 
                 lax.fori_loop(first, end, split_loop, None)
 
@@ -327,7 +345,7 @@ def attention_kernel(
             (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
         ),
         kv_s=plgpu.SMEM((slots, d.tile, d.dim), q_g.dtype, transforms=_TILED),
-        full=barrier(num_barriers=slots),
+        full=barrier(num_arrivals=d.tile // window, num_barriers=slots),
         empty=barrier(num_arrivals=s.wgs, num_barriers=slots),
         q_full=barrier(num_arrivals=q_arrivals, num_barriers=2 if spread else 1),
         q_empty=barrier(num_barriers=2),

@@ -45,9 +45,10 @@ def case(normal):
     return draw
 
 
-def attend(case, schedule, kv_split=KV_SPLIT):
+def attend(case, schedule, kv_split=KV_SPLIT, page_table=None):
     q = case[0]
-    y = simulated(*case, scale=q.shape[-1] ** -0.5, kv_split=kv_split, schedule=schedule)
+    scale = q.shape[-1] ** -0.5
+    y = simulated(*case, scale=scale, kv_split=kv_split, schedule=schedule, page_table=page_table)
     assert y.shape == q.shape and y.dtype == q.dtype
     return y.block_until_ready()  # the simulator shares XLA's few threads with whatever is next
 
@@ -143,6 +144,34 @@ def test_overflow_in_one_split(case, assert_same_bits):
     assert_same_bits(attend(prefill, KINDS["walked"])[:, 15:], walked)
 
 
+@pytest.mark.parametrize(
+    ("kind", "page_size", "shared"),
+    [("walked", 16, 0), ("spread", 16, 4), ("spread", 64, 2), ("walked by two", 64, 0)],
+)
+def test_pages(case, paged, assert_same_bits, kind, page_size, shared):
+    """Decode, or tiles of a chunk: rows of pages in any order, some of them shared."""
+    decode = [[130], [-1], [200], [128]]
+    chunk = [[*range(100, 130)], [*range(70, 90), *[-1] * 10]]
+    q, k, v, at = case(SMOL, chunk if kind == "walked by two" else decode, cache=256)
+    length = shared * page_size
+    k, v = (x.at[:, :, :length].set(x[:1, :, :length]) for x in (k, v))
+    walked = attend((q, k, v, at), KINDS["walked"])
+    *pages, table = paged(k, v, at, page_size, shared)
+    inputs = q, *map(jnp.asarray, pages), at
+    assert_same_bits(attend(inputs, KINDS[kind], page_table=jnp.asarray(table)), walked)
+
+
+@pytest.mark.parametrize("page_size", [32, 256])
+def test_pages_smaller_and_larger_than_a_tile(case, paged, assert_same_bits, page_size):
+    """A split of 256 keys is two tiles; the last key lies in the first of them, or before."""
+    q, k, v, at = case(QWEN, [[300], [600]], cache=768)
+    walked = attend((q, k, v, at), KINDS["walked"], 256)
+    *pages, table = paged(k, v, at, page_size)
+    inputs = q, *map(jnp.asarray, pages), at
+    y = attend(inputs, KINDS["spread"], 256, jnp.asarray(table))
+    assert_same_bits(y, walked)
+
+
 @pytest.mark.parametrize("length", [1, 300])
 def test_registered_schedules(length):
     """The defaults are among those that the script compares on a GPU."""
@@ -160,6 +189,10 @@ def test_refuses_what_it_cannot_compute(case):
         mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
     with pytest.raises(ValueError, match="positions"):
         call(q, k, v, at[0])
+    with pytest.raises(ValueError, match="pages of 128 slots"):
+        call(q, k, v, at, page_table=jnp.zeros((1, 4), jnp.int32))
+    with pytest.raises(ValueError, match="want 2 rows"):
+        call(jnp.tile(q, (2, 1, 1, 1)), k, v, jnp.tile(at, (2, 1)))
     with pytest.raises(ValueError, match="dtype"):
         call(q, k.astype(jnp.float16), v, at)
     with pytest.raises(ValueError, match="kind"):
