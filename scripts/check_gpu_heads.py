@@ -70,14 +70,16 @@ def bits(x):
 
 @functools.partial(jax.jit, static_argnames="schedule")
 def ours(tokens, weights, positions, caches, page_table=None, schedule=None):
-    qkv, cos, sin = tokens
+    (qkv, cos, sin), (q_norm, k_norm), (k, v) = tokens, weights, caches
     return mosaic_gpu.qkv_heads(
         qkv,
-        *weights,
+        q_norm,
+        k_norm,
         cos,
         sin,
         positions,
-        *caches,
+        k,
+        v,
         eps=EPS,
         page_table=page_table,
         schedule=schedule,

@@ -1,5 +1,7 @@
 """Heads of a projection: right against float64, the same bits in any batch, and each slot right."""
 
+import copy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,7 +172,7 @@ def test_neighbours_and_slots_of_nan(run, invariant, dtype, size, case, caches, 
     positions = np.full((5, 2), [321, 322], np.int32)
     arguments, cache = case(size, positions, dtype), caches(size, 5, 400, dtype)
     expected = token_bits(run, invariant, arguments, cache)
-    among = {name: x if x is None else x.copy() for name, x in arguments.items()}
+    among = copy.deepcopy(arguments)
     for name in ("qkv", "cos", "sin"):
         among[name][[0, 1, 2, 4]] = np.nan
     poisoned = {name: np.full_like(side, np.nan) for name, side in cache.items()}
