@@ -175,8 +175,8 @@ def _kernel(
         write(q_g, (token, pl.ds(start, q.size)), turn(q, raw, q_norm_g))
 
     def put_kv(start, raw_k, raw_v):
-        turned = turn(k, raw_k, k_norm_g)
         written, page, slot = place()
+        turned = turn(k, raw_k, k_norm_g)
 
         @pl.when(written)
         def _():
@@ -217,7 +217,7 @@ def _qkv_heads(
     windows = 1 if s.whole else _Windows(0, heads).number + _Windows(0, kv_heads).number
     optional = [x for x in (q_norm, k_norm, page_table) if x is not None]
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    q = pl.kernel(
+    kernel: Any = pl.kernel(
         functools.partial(
             _kernel,
             heads=heads,
@@ -235,7 +235,8 @@ def _qkv_heads(
         # Nothing that is read is written: no barriers are wanted around the stores.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
-    )(
+    )
+    q = kernel(
         qkv.reshape(tokens, total, dim),
         cos.reshape(tokens, dim // 2),
         sin.reshape(tokens, dim // 2),
