@@ -41,18 +41,25 @@ def _op(name: str, implementation: str) -> Callable[..., Any]:
     return jax.jit(implementation_of(name, implementation), static_argnames=_STATIC.get(name, ()))
 
 
-def default_implementation(platform: str | None = None) -> str:
-    """The invariant implementation for `platform` (the default backend).
+# Compute capability of the cards that the Mosaic GPU kernels are made for and proven on.
+_HOPPER = "9.0"
 
-    `portable` everywhere, until an accelerator's kernels cover every op and whole models on
-    them are proven.
+
+def default_implementation(device: Any = None, dtype: DTypeLike = jnp.bfloat16) -> str:
+    """The invariant implementation for `device` (the default one) and a model's dtype.
+
+    `mosaic_gpu` for 16-bit models on Hopper cards (H100, H200); `portable` elsewhere.
+
+    Raises:
+      NotImplementedError: on a TPU.
     """
-    platform = platform or jax.default_backend()
-    if platform == "tpu":
+    device = device or jax.devices()[0]
+    if device.platform == "tpu":
         raise NotImplementedError(
             "no TPU kernel exists yet; pass implementation='portable' to use plain jnp there"
         )
-    return "portable"
+    hopper = device.platform == "gpu" and device.compute_capability == _HOPPER
+    return "mosaic_gpu" if hopper and jnp.dtype(dtype).itemsize == 2 else "portable"
 
 
 @dataclasses.dataclass(frozen=True)

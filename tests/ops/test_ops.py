@@ -1,5 +1,7 @@
 """Dispatch and checks: an error that names both sides; never another implementation."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,11 +210,17 @@ def test_unknown_op():
         pallas_kernels.implementation_of("conv", "portable")
 
 
-def test_default_implementation_follows_the_platform():
-    assert default_implementation("cpu") == default_implementation("gpu") == "portable"
-    assert default_implementation() == default_implementation(jax.default_backend())
+def test_default_implementation_follows_the_device_and_the_dtype():
+    def default(platform, capability=None, dtype=jnp.bfloat16):
+        device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+        return default_implementation(device, dtype)
+
+    assert default("cpu") == default("gpu", "8.0") == default("gpu", "10.0") == "portable"
+    assert default("gpu", "9.0") == default("gpu", "9.0", jnp.float16) == "mosaic_gpu"
+    assert default("gpu", "9.0", jnp.float32) == "portable"
+    assert default_implementation() == default_implementation(jax.devices()[0])
     with pytest.raises(NotImplementedError, match="no TPU kernel .*implementation='portable'"):
-        default_implementation("tpu")
+        default("tpu")
 
 
 def test_ops_are_static_arguments():
