@@ -31,6 +31,7 @@ Schedules (what the bits do not depend on; mosaic_gpu_schedules):
   from split 0 on it folds as it goes and leaves at the last of these splits; any other split it
   leaves alone. Both lie in memory in float32, and `fold`, a second kernel, merges them in order.
   For decode: equal work whatever the lengths, and no partial results where shares hold many heads.
+  A block of the fold takes all columns, or 32 where there are few blocks and many splits to fetch.
 
 Decode uses the same 64-row tile with few real rows: it waits for memory, not for the tensor core.
 A producer warpgroup keeps a ring of tiles of keys and values full, in the order of use
@@ -39,10 +40,10 @@ cache it reads the page numbers itself, and starts one copy for each page that a
 
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 5 slots, 2 x 16 KiB of queries and 16 KiB of results on their way out (spread),
-under 227 KiB. The fold: `RING * fetch` splits of 3 KiB for 4 rows. Registers of a consumer thread:
-128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim 128
-ptxas stores 29 words a thread to local memory (spread), 37 (spread, prefill) or 86 (walked by 2);
-at 64 none, or 2 (walked by 2). Pages of 64 add none, pages of 16 63 words, in the producer.
+under 227 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5 for 32 columns. Registers of a consumer
+thread: 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim
+128 ptxas stores 17 to 19 words a thread to local memory (spread), 26 (spread, prefill) or 90
+(walked by 2); at 64 none, or 1 (walked by 2). Pages of 16 add 22 in walked by 2, in the producer.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
@@ -64,7 +65,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
     Schedule,
     default_schedule,
-    plan,
+    ends_of,
     schedules,
     shape_of,
 )
@@ -91,24 +92,23 @@ def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, padded - group), (0, 0)))
     p = jnp.pad(positions, ((0, 0), (0, tiles * queries - length)), constant_values=-1)
     p = p.reshape(batch * tiles, queries)
-    bounds = jnp.stack([p[:, 0], p.max(axis=1)], axis=1)
-    inputs = dict(
-        q=q, k=k_cache, v=v_cache, keys=jnp.arange(d.tile, dtype=jnp.int32), bounds=bounds
-    )
+    last = p.max(axis=1)
+    inputs = dict(q=q, k=k_cache, v=v_cache, last=last)
     if not decode:
         inputs["rows"] = jnp.repeat(p, d.rows // queries, axis=1)
     if page_table is not None:
         inputs["table"] = page_table
     if spread:
-        inputs["offsets"], inputs["shares"] = plan(bounds[:, 1], s.blocks, d)
+        inputs["ends"] = ends_of(last, d)
         out_type = d.parts(batch * tiles, pl.cdiv(cache, kv_split), s.fetch)
         grid = s.blocks
     else:
+        inputs["first"] = p[:, 0]
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
         grid = batch * pl.cdiv(tiles, s.wgs) * kv_heads
-    params: dict[str, Any] = dict(
-        compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret or None
-    )
+    # Rows are reduced by shuffles within a warp: without memory.
+    compiler_params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
+    params: dict[str, Any] = dict(compiler_params=compiler_params, interpret=interpret or None)
     out = plgpu.kernel(
         functools.partial(
             attention_kernel,
@@ -127,9 +127,7 @@ def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s
         **params,
     )(*inputs.values())
     if spread:
-        out = fold_splits(
-            out, bounds, inputs["offsets"], inputs["shares"], d=d, s=s, dtype=q.dtype, **params
-        )
+        out = fold_splits(out, last, inputs["ends"], d=d, s=s, dtype=q.dtype, **params)
         if decode:
             out = out.reshape(batch, 1, kv_heads, d.part_rows, dim)[..., :group, :]
         else:

@@ -32,6 +32,7 @@ from jdet.pallas_kernels.exact import exact
 _CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
 _PRODUCER_REGISTERS = 24
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 _TILED = (plgpu.TilingTransform((8, _CHUNK)), plgpu.SwizzleTransform(128))
 
 
@@ -54,12 +55,12 @@ def attention_kernel(
 ) -> None:
     """Everything but the fold of a spread grid. The inputs, by name, then the result:
 
-    q, k, v; keys [tile] = 0, 1, ...; bounds, per tile of queries: its first and last position; if
-    prefill, rows: the position of each row of a tile; if spread, offsets and shares: see `plan`;
-    if k and v are pages, table.
+    q, k, v; last: of each tile of queries, its last position; if walked, first: its first one; if
+    prefill, rows: the position of each of its rows; if spread, ends: see `ends_of`; if k and v
+    are pages, table.
     """
     g, o_g = dict(zip(names, refs, strict=False)), refs[-1]
-    q_g, bounds_g = g["q"], g["bounds"]
+    q_g = g["q"]
     spread, decode = s.kind == "spread", "rows" not in g
     chunks = d.dim // _CHUNK
     group = d.rows // d.queries
@@ -72,16 +73,14 @@ def attention_kernel(
     fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
     fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
 
-    def scope(q_s, kv_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
+    def scope(q_s, kv_s, keys_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
         q_in, q_mma = (q_s, q_s) if interpret else q_s
         wg = lax.axis_index("wg")
 
         if spread:
-            each_item = functools.partial(
-                walk_share, bounds=bounds_g, offsets=g["offsets"], shares=g["shares"], d=d
-            )
+            each_item = functools.partial(walk_share, last=g["last"], ends=g["ends"], d=d)
         else:
-            each_item = functools.partial(walk_block, bounds=bounds_g, tiles=tiles, wgs=s.wgs, d=d)
+            each_item = functools.partial(walk_block, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
 
         def q_copies(gmem, smem, row, head, slot, c):
             """Pairs of windows, chunk c of the queries' columns in tile `row` and in `slot`."""
@@ -187,9 +186,7 @@ def attention_kernel(
                 for j in range(d.tiles):
                     # Loaded anew: an iota would be hoisted out of all loops, into registers
                     # that are not there.
-                    key = plgpu.load(
-                        g["keys"], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-                    )
+                    key = plgpu.load(keys_s, layout=_COLUMN_LAYOUT, optimized=False)
                     key = lax.broadcast_in_dim(key, (ROWS, d.tile), (1,))
                     last = limit - (start + j * d.tile)
                     if last.ndim:
@@ -273,7 +270,7 @@ def attention_kernel(
 
         def row_limit(row):
             if decode:
-                return bounds_g[row, 1]
+                return g["last"][row]
             return plgpu.load(g["rows"].at[row], layout=_ROW_LAYOUT, optimized=False)
 
         def consume_walked():
@@ -283,7 +280,7 @@ def attention_kernel(
                 mine = row + jnp.where(tile < tiles, slot, 0)
                 limit = row_limit(mine)
                 plgpu.barrier_wait(q_full.at[0])
-                whole = lax.min(lax.div(bounds_g[mine, 0] + 1, d.kv_split), end)
+                whole = lax.min(lax.div(g["first"][mine] + 1, d.kv_split), end)
                 state = merge_splits(jnp.int32(0), whole, nothing(), 0, slot, None, high)
                 _, total, out = merge_splits(whole, end, state, whole, slot, limit, high)
                 if not decode:
@@ -333,6 +330,8 @@ def attention_kernel(
         def consume():
             if s.wgs > 1:
                 plgpu.set_max_registers(240, action="increase")
+            keys_s[...] = plgpu.broadcasted_iota(jnp.int32, (d.tile,), 0, layout=_COLUMN_LAYOUT)
+            plgpu.commit_smem()
             (consume_spread if spread else consume_walked)()
 
         lax.cond(wg == s.wgs, produce, consume)
@@ -344,6 +343,7 @@ def attention_kernel(
         q_s=_union(
             (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
         ),
+        keys_s=plgpu.SMEM((d.tile,), jnp.int32),
         kv_s=plgpu.SMEM((slots, d.tile, d.dim), q_g.dtype, transforms=_TILED),
         full=barrier(num_arrivals=d.tile // window, num_barriers=slots),
         empty=barrier(num_arrivals=s.wgs, num_barriers=slots),

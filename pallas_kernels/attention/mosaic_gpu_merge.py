@@ -15,7 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.attention.mosaic_gpu_schedules import Schedule, Shape, splits_of
+from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
+    Schedule,
+    Shape,
+    share_of,
+    splits_of,
+)
 from jdet.pallas_kernels.exact import exact
 
 LANES = 32  # 32-bit elements in one 128-byte row
@@ -42,25 +47,29 @@ def finish(total: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.where(none, 0.0, out / jnp.where(none, 1.0, total) + 0.0)
 
 
-def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
-    """Folds what a spread grid left of some rows of one tile and head, in ascending order."""
-    part_g, bounds_g, offsets_g, shares_g, y_g = refs
-    part_s, y_s, full = (scratch[name] for name in ("part_s", "y_s", "full"))
-    pieces, (ring, group), size = d.dim // LANES, part_s.shape[:2], y_s.shape[1]
-    row, head = lax.axis_index("row"), lax.axis_index("head")
-    first = head * d.part_rows + lax.axis_index("part") * size
-    splits = splits_of(bounds_g[row, 1], d)
+def fold(*refs: Any, d: Shape, blocks: int, interpret: bool, **scratch: Any) -> None:
+    """Folds what a spread grid left: some rows and columns of one tile and head, ascending."""
+    part_g, last_g, ends_g, y_g = refs
+    out_s, sums_s, y_s, full = (scratch[name] for name in ("out_s", "sums_s", "y_s", "full"))
+    ring, group, pieces, size = out_s.shape[:4]
+    every = d.dim // LANES
+    row, head, part = (lax.axis_index(name) for name in ("row", "head", "part"))
+    first = head * d.part_rows + lax.div(part, every // pieces) * size
+    column = lax.rem(part, every // pieces) * pieces
+    splits = splits_of(last_g[row], d)
     # The block that met split 0 has folded all of its own: they lie at the last of them.
-    per_block = lax.max(shares_g[0, 1] - shares_g[0, 0], 1)
-    item = offsets_g[row] + head * splits
-    begin = lax.min((lax.div(item, per_block) + 1) * per_block - item, splits) - 1
+    share = share_of(ends_g, blocks)
+    item = ends_g[row] - (d.kv_heads - head) * splits
+    begin = lax.min((lax.div(item, share) + 1) * share - item, splits) - 1
     begin = lax.max(begin, 0)
     steps = lax.div(splits - begin + group - 1, group)
 
     def fetch(i):
         slot = lax.rem(i, ring)
-        window = part_g.at[row, pl.ds(begin + i * group, group), :, pl.ds(first, size)]
-        plgpu.copy_gmem_to_smem(window, part_s.at[slot], full.at[slot])
+        window = pl.ds(begin + i * group, group)
+        for smem, chunks in ((out_s, pl.ds(column, pieces)), (sums_s, pl.ds(every, 2))):
+            gmem = part_g.at[row, window, chunks, pl.ds(first, size)]
+            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], full.at[slot])
 
     lax.fori_loop(0, lax.min(steps, ring), lambda i, _: fetch(i), None)
     shape = (size, LANES)
@@ -71,7 +80,8 @@ def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
         slot = lax.rem(i, ring)
         plgpu.barrier_wait(full.at[slot])
         for j in range(group):
-            *out, m, total = [part_s[slot, j, c] for c in range(pieces + 2)]
+            m, total = (sums_s[slot, j, c] for c in range(2))
+            out = [out_s[slot, j, c] for c in range(pieces)]
             m1, total1, out1 = merge(state, (m, total, out), fma, fma, lambda x: x)
             if j:
                 m0, total0, out0 = state
@@ -95,16 +105,15 @@ def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
         y_s[c] = finish(total, x).astype(y_g.dtype)
     plgpu.commit_smem()
     for c in range(pieces):
-        to = y_g.at[row, pl.ds(first, size), pl.ds(c * LANES, LANES)]
+        to = y_g.at[row, pl.ds(first, size), pl.ds((column + c) * LANES, LANES)]
         plgpu.copy_smem_to_gmem(y_s.at[c], to)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def fold_splits(
     parts: jax.Array,
-    bounds: jax.Array,
-    offsets: jax.Array,
-    shares: jax.Array,
+    last: jax.Array,
+    ends: jax.Array,
     *,
     d: Shape,
     s: Schedule,
@@ -113,19 +122,20 @@ def fold_splits(
     compiler_params: Any,
 ) -> jax.Array:
     """[tiles, heads of keys x part_rows, dim] from what a spread grid has left."""
-    tiles, _, chunks, rows, _ = parts.shape
-    size = math.gcd(s.merge_rows, d.part_rows)
+    tiles, _, _, rows, _ = parts.shape
+    size, pieces = math.gcd(s.merge_rows, d.part_rows), min(s.merge_columns, d.dim) // LANES
     return plgpu.kernel(
-        functools.partial(fold, d=d, interpret=bool(interpret)),
+        functools.partial(fold, d=d, blocks=s.blocks, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((tiles, rows, d.dim), dtype),
-        grid=(tiles, d.kv_heads, d.part_rows // size),
+        grid=(tiles, d.kv_heads, d.part_rows // size * (d.dim // LANES // pieces)),
         grid_names=("row", "head", "part"),
         scratch_types=dict(
-            part_s=plgpu.SMEM((RING, s.fetch, chunks, size, LANES), jnp.float32),
-            y_s=plgpu.SMEM((chunks - 2, size, LANES), dtype),
-            full=plgpu.Barrier(num_barriers=RING),
+            out_s=plgpu.SMEM((RING, s.fetch, pieces, size, LANES), jnp.float32),
+            sums_s=plgpu.SMEM((RING, s.fetch, 2, size, LANES), jnp.float32),
+            y_s=plgpu.SMEM((pieces, size, LANES), dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=RING),
         ),
         kernel_name="jdet_attention_fold",
         compiler_params=compiler_params,
         interpret=interpret,
-    )(parts, bounds, offsets, shares)
+    )(parts, last, ends)

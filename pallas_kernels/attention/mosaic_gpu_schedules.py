@@ -28,6 +28,7 @@ class Schedule:
       wgs: consumer warpgroups of a block, each with 64 rows; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
+      merge_columns: columns of o that it folds, of head_dim at most.
       fetch: splits that it fetches at once.
     """
 
@@ -35,6 +36,7 @@ class Schedule:
     wgs: int = 1
     blocks: int = SMS
     merge_rows: int = 4
+    merge_columns: int = 128
     fetch: int = 1
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class Schedule:
             raise ValueError(f"a block has 1 or 2 consumers, 1 if spread: {self}")
         if self.merge_rows % 4:
             raise ValueError(f"merge_rows must be a multiple of 4: {self}")
+        if self.merge_columns not in (32, 64, 128):
+            raise ValueError(f"merge_columns must be 32, 64 or 128: {self}")
         if self.blocks < 1 or self.fetch < 1:
             raise ValueError(f"blocks and fetch must be positive: {self}")
 
@@ -99,59 +103,67 @@ def shape_of(
     return Shape(kv_heads, dim, padded * queries, queries, kv_split, factor)
 
 
-def plan(high: jax.Array, blocks: int, d: Shape) -> tuple[jax.Array, jax.Array]:
-    """Equal shares of all (row, head, split) for the blocks of a spread grid; integers only.
-
-    Returns the first item of each row, and each block's first item, last, first row, last row.
-    """
-    items = (high + d.kv_split) // d.kv_split * d.kv_heads
-    rows = jnp.arange(items.shape[0])
-    ends = jnp.where(rows <= rows[:, None], items, 0).sum(1, dtype=jnp.int32)
-    share = jnp.maximum(-(-ends[-1] // blocks), 1)
-    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * share, ends[-1])
-    stop = jnp.minimum(begin + share, ends[-1])
-    first = (ends <= begin[:, None]).sum(1, dtype=jnp.int32)
-    last = (ends < stop[:, None]).sum(1, dtype=jnp.int32) + 1
-    return ends - items, jnp.stack([begin, stop, first, jnp.minimum(last, items.shape[0])], 1)
-
-
 def splits_of(last: jax.Array, d: Shape) -> jax.Array:
     """Splits that hold the keys 0..last."""
     return lax.div(last + d.kv_split, d.kv_split)
+
+
+def ends_of(last: jax.Array, d: Shape) -> jax.Array:
+    """For each tile, how many of all (tile, head, split) come before its end."""
+    tiles = jnp.arange(last.shape[0])
+    before = tiles <= tiles[:, None]
+    return jnp.where(before, splits_of(last, d) * d.kv_heads, 0).sum(1, dtype=jnp.int32)
+
+
+def share_of(ends: Any, blocks: int) -> jax.Array:
+    """In a kernel: how many of all (tile, head, split) a block of a spread grid takes."""
+    return lax.max(lax.div(ends[ends.shape[0] - 1] + blocks - 1, blocks), 1)
+
+
+def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
+    """In a kernel: how many of the ascending `ends` are at most `value`."""
+    size, count = ends.shape[0], jnp.int32(0)
+    for bit in reversed(range(size.bit_length())):
+        more = count + (1 << bit)
+        found = (more <= size) & (ends[lax.min(more, size) - 1] <= value)
+        count = jnp.where(found, more, count)
+    return count
 
 
 # What a block does: body(segments before, splits before, tile, head, first split, end, last key)
 # for each of its segments, the splits first..end of one tile and head. Returns both counts.
 
 
-def walk_block(body: Callable[..., None], *, bounds: Any, tiles: int, wgs: int, d: Shape) -> Any:
+def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
     """In a kernel: block -> one head of `wgs` neighbouring tiles, all their splits."""
     block = lax.axis_index("block")
     sets = -(-tiles // wgs)
     head, rest = lax.rem(block, d.kv_heads), lax.div(block, d.kv_heads)
     first = (sets - 1 - lax.rem(rest, sets)) * wgs  # the longest first
     row = lax.div(rest, sets) * tiles + first
-    last = bounds[row, 1]
+    high = last[row]
     for i in range(1, wgs):
-        other = bounds[row + lax.min(i, tiles - 1 - first), 1]
-        last = lax.max(last, other)
-    zero, splits = jnp.int32(0), splits_of(last, d)
-    body(zero, zero, row, head, zero, splits, last)
+        other = last[row + lax.min(i, tiles - 1 - first)]
+        high = lax.max(high, other)
+    zero, splits = jnp.int32(0), splits_of(high, d)
+    body(zero, zero, row, head, zero, splits, high)
     return jnp.int32(1), splits
 
 
-def walk_share(
-    body: Callable[..., None], *, bounds: Any, offsets: Any, shares: Any, d: Shape
-) -> Any:
-    """In a kernel: block -> its share of all (tile, head, split), see `plan`."""
-    block = lax.axis_index("block")
-    begin, stop = shares[block, 0], shares[block, 1]
+def walk_share(body: Callable[..., None], *, last: Any, ends: Any, d: Shape) -> Any:
+    """In a kernel: block -> its share of all (tile, head, split)."""
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    share, total = share_of(ends, blocks), ends[ends.shape[0] - 1]
+    begin = lax.min(block * share, total)
+    stop = lax.min(begin + share, total)
 
     def row_loop(row, state):
-        last, offset = bounds[row, 1], offsets[row]
-        splits = splits_of(last, d)
+        # Not from `last`: its load would stand between the block's start and its first copy.
+        offset = jnp.where(row > 0, ends[lax.max(row - 1, 0)], 0)
+        items = ends[row] - offset
+        splits = lax.div(items, d.kv_heads)
         low = lax.max(begin - offset, 0)
-        high = lax.min(stop - offset, splits * d.kv_heads)
+        high = lax.min(stop - offset, items)
         per_head = lax.max(splits, 1)
 
         def head_loop(head, state):
@@ -161,8 +173,8 @@ def walk_share(
             alone = first > 0  # what lies before is another block's
 
             def segment_loop(i, _):
-                stop = jnp.where(alone, first + i + 1, end)
-                body(segments + i, done + i, row, head, first + i, stop, last)
+                upto = jnp.where(alone, first + i + 1, end)
+                body(segments + i, done + i, row, head, first + i, upto, last[row])
 
             count = jnp.where(alone, end - first, 1)
             lax.fori_loop(0, count, segment_loop, None)
@@ -172,25 +184,27 @@ def walk_share(
         return lax.fori_loop(*heads, head_loop, state)
 
     zero = jnp.int32(0)
-    return lax.fori_loop(shares[block, 2], shares[block, 3], row_loop, (zero, zero))
+    rows = _count_up_to(ends, begin), _count_up_to(ends, stop - 1) + 1
+    return lax.fori_loop(*rows, row_loop, (zero, zero))
+
+
+# Of the second kernel, for few blocks with many splits to fetch, for some, and for many blocks.
+_FEW = Schedule("spread", merge_columns=32, fetch=8)
+_SOME = Schedule("spread", merge_columns=32, fetch=4)
+_MANY = Schedule("spread")
 
 
 def schedules(length: int) -> tuple[Schedule, ...]:
     """Registered schedules for `length` queries a row: all of them give the same bits."""
-    every = (
-        Schedule("spread"),
-        Schedule("spread", fetch=4),
-        Schedule("spread", blocks=37, merge_rows=16),
-        Schedule("walked"),
-        Schedule("walked", wgs=2),
-    )
-    return every if length > 1 else every[:4]
+    spread = (_FEW, _SOME, _MANY, Schedule("spread", blocks=37, merge_rows=16))
+    walked = (Schedule("walked"), Schedule("walked", wgs=2))
+    return (*spread, *walked[: 2 if length > 1 else 1])
 
 
 def default_schedule(batch: int, length: int, heads: int, kv_heads: int) -> Schedule:
     """The schedule to use for a shape. Speed only."""
-    tiles = math.ceil(length * heads / kv_heads / ROWS)
-    if length == 1 or batch * tiles * kv_heads < 2 * SMS:
-        # Where few blocks fold, each has many splits to fetch.
-        return Schedule("spread", fetch=4 if batch * tiles * kv_heads <= SMS else 1)
-    return Schedule("walked", wgs=2)
+    tiles = batch * math.ceil(length * heads / kv_heads / ROWS)
+    if length > 1 and tiles * kv_heads >= 2 * SMS:
+        return Schedule("walked", wgs=2)
+    folds = tiles * kv_heads
+    return _FEW if folds <= SMS // 4 else _SOME if folds <= SMS else _MANY

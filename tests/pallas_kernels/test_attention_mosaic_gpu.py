@@ -103,7 +103,7 @@ MIXED = [[319], [-1], [0], [-1], [200], [64], [-1]]
     "schedule",
     [
         Schedule("spread", blocks=1),
-        Schedule("spread", blocks=5, fetch=3, merge_rows=8),
+        Schedule("spread", blocks=5, fetch=3, merge_rows=8, merge_columns=32),
         Schedule("spread", blocks=40, fetch=4),
     ],
     ids=lambda s: f"{s.blocks}x{s.fetch}",
