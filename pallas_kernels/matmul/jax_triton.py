@@ -124,7 +124,7 @@ def matmul(
             f"jax_triton matmul takes 1, 2, 4 or 8 leaves that divide K = {k}, got {leaves}"
         )
     _, bm, bn, bk, warps, stages = next(s for s in _SCHEDULES if m <= s[0])
-    return triton_call(
+    return triton_call(  # pyright: ignore[reportCallIssue]
         x,
         w,
         x if bias is None else bias,
