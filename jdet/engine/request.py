@@ -25,6 +25,7 @@ class Request:
       generating: its prompt has been read by the steps sent so far.
       pending: tokens chosen by steps that were sent and not seen yet.
       finish_reason: "stop", "length" or "cancelled"; None until its end.
+      stop_string: its tokens end with a stop string, which its text leaves out.
     """
 
     arrival: int
@@ -43,6 +44,7 @@ class Request:
     generating: bool = False
     pending: int = 0
     finish_reason: str | None = None
+    stop_string: bool = False
     _keys: list[bytes] = dataclasses.field(default_factory=list)
 
     @property

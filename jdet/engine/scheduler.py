@@ -30,6 +30,11 @@ class Chunk:
     length: int
     emits: bool
 
+    @property
+    def count(self) -> int:
+        """The place in the completion of the token after it."""
+        return self.start + self.length - len(self.request.prompt)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
