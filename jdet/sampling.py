@@ -252,18 +252,52 @@ def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"
     return jnp.take_along_axis(keep, rank_of_token, axis=-1)
 
 
+class Asks(NamedTuple):
+    """What some row of a batch asks for: known (bool) while tracing, or found by the device."""
+
+    noise: bool | Bool[Array, ""]
+    truncation: bool | Bool[Array, ""]
+    adjustment: bool | Bool[Array, ""]  # logit_bias, or min_tokens not reached yet
+
+
+def asks_of(s: SamplingArrays, position: Int32[Array, " B"]) -> Asks:
+    """What the rows ask for at these positions."""
+    hot = s.temperature > 0
+    return Asks(
+        noise=hot.any(),
+        truncation=_truncated(s).any(),
+        adjustment=((position < s.min_tokens) | (s.biased_token_ids >= 0).any(axis=-1)).any(),
+    )
+
+
+def _truncated(s: SamplingArrays) -> Bool[Array, " B"]:
+    return (s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
+
+
+def _where_asked(
+    asked: bool | Bool[Array, ""], run: Callable[[], Array], skip: Callable[[], Array]
+) -> Array:
+    if isinstance(asked, bool):
+        return run() if asked else skip()
+    return lax.cond(asked, run, skip)
+
+
 def sample(
-    logits: Float32[Array, "B V"], s: SamplingArrays, position: Int32[Array, " B"]
+    logits: Float32[Array, "B V"],
+    s: SamplingArrays,
+    position: Int32[Array, " B"],
+    asks: Asks | None = None,
 ) -> Int32[Array, " B"]:
     """The next token of each row; `position` counts the row's own completion from 0.
 
     temperature > 0 takes the maximum of logits / temperature + Gumbel noise over the tokens
     that min_p, top_k and top_p leave (Gumbel-max trick); noise is that of `rng.gumbel`, by
     token id. Biases, sorting and noise run only when a row of the batch asks for them, and
-    change nothing in the rows that do not.
+    change nothing in the rows that do not. `asks` says so where the caller knows; it may ask
+    for more than the rows do.
     """
-    asks = (position < s.min_tokens) | (s.biased_token_ids >= 0).any(axis=-1)
-    logits = lax.cond(asks.any(), lambda: _adjusted(logits, s, position), lambda: logits)
+    asks = asks_of(s, position) if asks is None else asks
+    logits = _where_asked(asks.adjustment, lambda: _adjusted(logits, s, position), lambda: logits)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Int32[Array, " B"]:
@@ -271,14 +305,13 @@ def sample(
         # From the row's maximum down, so that a low temperature makes no infinity of it.
         below = logits - logits.max(axis=-1, keepdims=True)
         scaled = below / jnp.where(hot, s.temperature, 1)[:, None]
-        truncated = hot & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
-        keep = lax.cond(
-            truncated.any(),
-            lambda: _kept(scaled, s) | ~truncated[:, None],
+        keep = _where_asked(
+            asks.truncation,
+            lambda: _kept(scaled, s) | ~_truncated(s)[:, None],
             lambda: jnp.ones(scaled.shape, bool),
         )
         noisy = scaled + gumbel(s.seed, s.sample_index, position, logits.shape[-1])
         drawn = jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1).astype(jnp.int32)
         return jnp.where(hot, drawn, greedy)
 
-    return lax.cond((s.temperature > 0).any(), draw, lambda: greedy)
+    return _where_asked(asks.noise, draw, lambda: greedy)

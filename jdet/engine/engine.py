@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from jdet.compiler import check_environment
 from jdet.engine.config import EngineConfig
-from jdet.engine.device import Device
+from jdet.engine.device import Device, Results
 from jdet.engine.request import Request
 from jdet.engine.scheduler import Chunk, Counts, Plan, Scheduler
-from jdet.engine.step import Output, TopTokens
+from jdet.engine.step import PromptLogprobs, TopTokens
 from jdet.engine.stops import StopStrings
 from jdet.generation import (
     Completion,
@@ -89,7 +89,7 @@ class Engine:
         self._eos = () if model.tokenizer is None else model.tokenizer.eos_token_ids
         self._device = Device(model.decoder, model.ops, self.config, self._eos, cache_fill)
         self._scheduler = Scheduler(self.config)
-        self._sent: collections.deque[tuple[Plan, Output]] = collections.deque()
+        self._sent: collections.deque[tuple[Plan, Results]] = collections.deque()
         self._stops: dict[Request, StopStrings] = {}
         self._arrivals = 0
 
@@ -264,41 +264,30 @@ class Engine:
             if count > limit:
                 raise ValueError(f"{name} has {count} {field}; allowed: up to {limit}")
 
-    def _see(self, plan: Plan, output: Output) -> None:
+    def _see(self, plan: Plan, results: Results) -> None:
         """Take over the results of a step; this waits for the device."""
-        token, logprob = np.asarray(output.token).tolist(), np.asarray(output.logprob).tolist()
-        asked = [c.request.params for c in plan.rows]
-        top = _host(output.top) if any(p.logprobs for p in asked) else None
-        for i, chunk in enumerate(plan.rows):
+        for row, chunk in enumerate(plan.chunks):
             request = chunk.request
+            if request.finish_reason is None and request.unread_prompt_logprobs:
+                assert results.prompt_logprobs is not None
+                _see_prompt(chunk, row, results.prompt_logprobs)
+            if not chunk.emits:
+                self._scheduler.seen(request)
+        if results.chosen is None:
+            return
+        chosen = jax.device_get(results.chosen)
+        token, logprob = chosen.token.tolist(), chosen.logprob.tolist()
+        for i, (_, chunk) in enumerate(plan.emits):
+            request, count = chunk.request, chunk.request.params.logprobs
             if request.finish_reason is not None:
                 continue
-            # The rows of the decodes begin behind those the chunks are padded to.
-            row = i if i < len(plan.chunks) else plan.chunk_shape[0] + i - len(plan.chunks)
-            if i < len(plan.chunks) and request.unread_prompt_logprobs:
-                self._see_prompt(chunk, row, output)
-            if chunk.emits:
-                request.pending -= 1
-                request.token_ids.append(token[row])
-                request.logprobs.append(logprob[row])
-                if request.params.logprobs is not None:
-                    request.top_logprobs.append(_best(top, row, request.params.logprobs))
+            request.pending -= 1
+            request.token_ids.append(token[i])
+            request.logprobs.append(logprob[i])
+            if count is not None:
+                request.top_logprobs.append(_best(chosen.top, i, count))
             self._scheduler.seen(request)
-            if chunk.emits:
-                self._end(request)
-
-    def _see_prompt(self, chunk: Chunk, row: int, output: Output) -> None:
-        """The log-probs of the prompt's tokens behind each position of the chunk."""
-        request = chunk.request
-        assert request.params.prompt_logprobs is not None
-        first = len(request.prompt_logprobs) - chunk.start
-        end = min(chunk.length, len(request.prompt) - 1 - chunk.start)
-        values = np.asarray(output.prompt_logprobs)[row, first:end]
-        request.prompt_logprobs += values.tolist()
-        top = jax.tree.map(lambda x: np.asarray(x)[row], output.prompt_top)
-        request.prompt_top_logprobs += [
-            _best(top, at, request.params.prompt_logprobs) for at in range(first, end)
-        ]
+            self._end(request)
 
     def _end(self, request: Request) -> None:
         token, params = request.token_ids[-1], request.params
@@ -347,8 +336,15 @@ class Engine:
 _DEFAULT = SamplingParams()
 
 
-def _host(top: TopTokens) -> TopTokens:
-    return jax.tree.map(np.asarray, top)
+def _see_prompt(chunk: Chunk, row: int, found: PromptLogprobs) -> None:
+    """Take over the log-probs of the prompt's tokens behind each position of the chunk."""
+    request, count = chunk.request, chunk.request.params.prompt_logprobs
+    assert count is not None
+    first = len(request.prompt_logprobs) - chunk.start
+    end = min(chunk.length, len(request.prompt) - 1 - chunk.start)
+    request.prompt_logprobs += np.asarray(found.logprob)[row, first:end].tolist()
+    top = jax.tree.map(lambda x: np.asarray(x)[row], found.top)
+    request.prompt_top_logprobs += [_best(top, at, count) for at in range(first, end)]
 
 
 def _best(top: TopTokens | None, row: int, count: int) -> dict[int, float]:

@@ -53,9 +53,10 @@ class Plan:
     decode_rows: int
 
     @property
-    def rows(self) -> tuple[Chunk, ...]:
-        """All of it, in the order of the step's rows."""
-        return self.chunks + self.decodes
+    def emits(self) -> list[tuple[int, Chunk]]:
+        """(row, chunk) of what chooses a token; the decodes' rows follow the padded chunks'."""
+        rows = (*enumerate(self.chunks), *enumerate(self.decodes, self.chunk_shape[0]))
+        return [(row, chunk) for row, chunk in rows if chunk.emits]
 
 
 @dataclasses.dataclass

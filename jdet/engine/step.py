@@ -1,23 +1,28 @@
-"""The device's step: chunks of prompts and generating rows in one jitted program.
+"""The device's step, in jitted programs whose shapes are those of `EngineConfig`.
 
-Its shapes are those of `EngineConfig`, its cache is donated, and the tokens it chooses stay on
-the device for the next step, so that the host can send that step before it has seen them.
+- `read`: all tokens of the step, chunks of prompts and generating rows, through the decoder,
+  which sees each weight once; the paged cache is donated.
+- `choose`: the next token of the rows that emit one. The tokens stay on the device for the
+  next step, so that the host can send that step before it has seen them. What the rows ask
+  for is known to the host, so no branch waits for the device.
+- `report`: log-probs of prompts, only where asked for.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jdet.cache import KVCache
 from jdet.compiler import jit
 from jdet.decoding import Decoder, round_up
 from jdet.ops import Ops
-from jdet.sampling import MAX_TOP_LOGPROBS, SamplingArrays, sample
+from jdet.sampling import MAX_TOP_LOGPROBS, Asks, SamplingArrays, sample
 from jdet.scoring import LOGIT_ROWS
 
 # The host gives numpy arrays, which jit puts on the device.
@@ -30,25 +35,22 @@ class Rows(NamedTuple):
     slot: Int32[Given, " B"]
     start: Int32[Given, " B"]  # position of the row's first token
     length: Int32[Given, " B"]
-    emits: Bool[Given, " B"]  # its last token is the last known: choose the next one
-    count: Int32[Given, " B"]  # place of that next token in the completion
-    top: Int32[Given, " B"]  # most probable tokens asked for
     page_table: Int32[Given, "B N"]
 
 
 class Chunks(NamedTuple):
-    """Chunks of prompts; `targets`: the next token where a prompt log-prob is wanted, else -1."""
+    """Chunks of prompts."""
 
     rows: Rows
     tokens: Int32[Given, "B C"]
-    targets: Int32[Given, "B C"]
 
 
-class DeviceState(NamedTuple):
-    """What stays on the device from step to step; donated."""
+class Emits(NamedTuple):
+    """The rows that choose a token: their place among all rows of the step, and their slot."""
 
-    cache: KVCache  # pages
-    last_token: Int32[Array, " slots"]
+    row: Int32[Given, " E"]
+    slot: Int32[Given, " E"]
+    count: Int32[Given, " E"]  # place of the token in the completion
 
 
 class TopTokens(NamedTuple):
@@ -58,30 +60,24 @@ class TopTokens(NamedTuple):
     logprobs: Float32[Array, "*rows K"]
 
 
-class Output(NamedTuple):
-    """What a step chose, a row for each row of the chunks, then of the decodes."""
+class Chosen(NamedTuple):
+    """The next token of each row of `Emits`; `top` only where some row asks for it."""
 
-    token: Int32[Array, " R"]
-    logprob: Float32[Array, " R"]
+    token: Int32[Array, " E"]
+    logprob: Float32[Array, " E"]
+    top: TopTokens | None
+
+
+class PromptLogprobs(NamedTuple):
+    """The log-prob of the token behind each position of the chunks."""
+
+    logprob: Float32[Array, "B C"]
     top: TopTokens
-    prompt_logprobs: Float32[Array, "B C"]
-    prompt_top: TopTokens
 
 
 def _positions(rows: Rows, width: int) -> Int32[Array, "B T"]:
     at = jnp.arange(width, dtype=jnp.int32)
     return jnp.where(at < rows.length[:, None], rows.start[:, None] + at, -1)
-
-
-def _top(logits: Float32[Array, "R V"], logprobs: Float32[Array, "R V"]) -> TopTokens:
-    # By logits: two of them may round to one log-prob.
-    _, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    return TopTokens(ids, jnp.take_along_axis(logprobs, ids, axis=-1))
-
-
-def _no_top(rows: int, vocab_size: int) -> TopTokens:
-    shape = (rows, min(MAX_TOP_LOGPROBS, vocab_size))
-    return TopTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
 def _run_group(
@@ -109,110 +105,112 @@ def _run_group(
     return hidden, KVCache(tuple(map(scatter, cache.k, own.k)), tuple(map(scatter, cache.v, own.v)))
 
 
-def _prompt_logprobs(
-    decoder: Decoder, hidden: Float[Array, "B C D"], targets: Int32[Array, "B C"], ops: Ops
-) -> tuple[Float32[Array, "B C"], TopTokens]:
+def read(
+    decoder: Decoder,
+    cache: KVCache,
+    last_token: Int32[Array, " slots"],
+    chunks: Chunks | None,
+    decodes: Rows | None,
+    *,
+    height: int,
+    ops: Ops,
+) -> tuple[KVCache, Float[Array, "R D"], Float[Array, "B C D"] | None]:
+    """(cache, hidden states of each row's last token, of all tokens of the chunks).
+
+    The rows' are padded to `height`, so that `choose` does not see the step's shape.
+    """
+    ends, hidden = [], None
+    if chunks is not None:
+        tokens = jnp.asarray(chunks.tokens)
+        hidden, cache = _run_group(decoder, cache, tokens, chunks.rows, ops)
+        last = jnp.maximum(chunks.rows.length - 1, 0)[:, None, None]
+        ends.append(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    if decodes is not None:
+        tokens = last_token[decodes.slot][:, None]
+        own, cache = _run_group(decoder, cache, tokens, decodes, ops)
+        ends.append(own[:, 0])
+    rows = jnp.concatenate(ends)
+    return cache, jnp.pad(rows, ((0, height - rows.shape[0]), (0, 0))), hidden
+
+
+def _top(logits: Float32[Array, "R V"], logprobs: Float32[Array, "R V"]) -> TopTokens:
+    # By logits: two of them may round to one log-prob.
+    _, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    return TopTokens(ids, jnp.take_along_axis(logprobs, ids, axis=-1))
+
+
+def choose(
+    decoder: Decoder,
+    last_token: Int32[Array, " slots"],
+    ends: Float[Array, "R D"],
+    sampling: SamplingArrays,
+    emits: Emits,
+    *,
+    asks: Asks,
+    top: bool,
+    ops: Ops,
+) -> tuple[Int32[Array, " slots"], Chosen]:
+    """The next tokens, also put into their slots; `sampling` has a row for each slot."""
+    logits = decoder.logits(ends[emits.row], ops)
+    logprobs = ops.log_softmax(logits)
+    own = jax.tree.map(lambda x: x[emits.slot], sampling)
+    token = sample(logits, own, jnp.asarray(emits.count), asks)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    chosen = Chosen(token, logprob, _top(logits, logprobs) if top else None)
+    return last_token.at[emits.slot].set(token), chosen
+
+
+def report(
+    decoder: Decoder,
+    hidden: Float[Array, "B C D"],
+    targets: Int32[Given, "B C"],
+    *,
+    ops: Ops,
+) -> PromptLogprobs:
     """As `jdet.scoring.score_tokens`: `LOGIT_ROWS` rows of logits at a time."""
     count = targets.size
     padded = round_up(count, LOGIT_ROWS)
     rows = jnp.pad(hidden.reshape(count, -1), ((0, padded - count), (0, 0)))
     wanted = jnp.pad(targets.reshape(-1), (0, padded - count))
 
-    def some_rows(args: tuple[Array, Array]) -> tuple[Array, TopTokens]:
+    def some_rows(args: tuple[Array, Array]) -> PromptLogprobs:
         x, target = args
         logits = decoder.logits(x, ops)
         logprobs = ops.log_softmax(logits)
-        own = jnp.take_along_axis(logprobs, jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
-        return own, _top(logits, logprobs)
+        own = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
+        return PromptLogprobs(own, _top(logits, logprobs))
 
     tiles = rows.reshape(-1, LOGIT_ROWS, rows.shape[-1]), wanted.reshape(-1, LOGIT_ROWS)
-    own, top = lax.map(some_rows, tiles)
     return jax.tree.map(
         lambda x: x.reshape(padded, *x.shape[2:])[:count].reshape(*targets.shape, *x.shape[2:]),
-        (own, top),
+        lax.map(some_rows, tiles),
     )
 
 
-def step(
-    decoder: Decoder,
-    state: DeviceState,
-    sampling: SamplingArrays,
-    chunks: Chunks | None,
-    decodes: Rows | None,
-    *,
-    ops: Ops,
-) -> tuple[DeviceState, Output]:
-    """Read the rows' tokens and choose the next token of those that emit.
+class Programs:
+    """The programs, jitted for one set of ops; `compiles` counts the shapes they have met.
 
-    `sampling` and `state.last_token` have a row for each slot and one for padding.
+    They take the decoder as a tree and its leaves: flattening a module takes milliseconds.
     """
-    cache, padding = state.cache, state.last_token.shape[0] - 1
-    ends, rows, hidden = [], [], jnp.zeros(())
-    if chunks is not None:
-        hidden, cache = _run_group(decoder, cache, jnp.asarray(chunks.tokens), chunks.rows, ops)
-        last = jnp.maximum(chunks.rows.length - 1, 0)[:, None, None]
-        ends.append(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-        rows.append(chunks.rows)
-    if decodes is not None:
-        own, cache = _run_group(
-            decoder, cache, state.last_token[decodes.slot][:, None], decodes, ops
-        )
-        ends.append(own[:, 0])
-        rows.append(decodes)
-    emits = jnp.concatenate([r.emits for r in rows])
-    # A row that does not emit is sampled like padding, at no cost.
-    slot = jnp.where(emits, jnp.concatenate([r.slot for r in rows]), padding)
-    logits = decoder.logits(jnp.concatenate(ends), ops)
-    logprobs = ops.log_softmax(logits)
-    own_sampling = jax.tree.map(lambda x: x[slot], sampling)
-    token = sample(logits, own_sampling, jnp.concatenate([r.count for r in rows]))
-    top = lax.cond(
-        jnp.concatenate([r.top for r in rows]).any(),
-        lambda: _top(logits, logprobs),
-        lambda: _no_top(*logits.shape),
-    )
-    prompt_logprobs, prompt_top = jnp.zeros((0, 0)), _no_top(0, logits.shape[1])
-    if chunks is not None:
-        shape = chunks.targets.shape
-        zeros = _no_top(chunks.targets.size, logits.shape[1])
-        prompt_logprobs, prompt_top = lax.cond(
-            (chunks.targets >= 0).any(),
-            lambda: _prompt_logprobs(decoder, hidden, jnp.asarray(chunks.targets), ops),
-            lambda: (
-                jnp.zeros(shape, jnp.float32),
-                jax.tree.map(lambda x: x.reshape(*shape, -1), zeros),
-            ),
-        )
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    state = DeviceState(cache, state.last_token.at[slot].set(token))
-    return state, Output(token, logprob, top, prompt_logprobs, prompt_top)
-
-
-class Program:
-    """`step`, jitted for one set of ops; `compiles` counts the shapes it has met."""
 
     def __init__(self, ops: Ops) -> None:
         self.compiles = 0
         self._ops = ops
-        self._step = jit(
-            self._traced,
-            implementation=ops.implementation,
-            static_argnums=0,
-            donate_argnums=2,
-        )
+        self.read = self._jit(read, donate_argnums=2, static_argnames=("height",))
+        self.choose = self._jit(choose, donate_argnums=2, static_argnames=("asks", "top"))
+        self.report = self._jit(report)
 
-    def _traced(self, tree: Any, leaves: list[Array], *args: Any) -> tuple[DeviceState, Output]:
-        self.compiles += 1  # jit runs this line once a shape
-        return step(jax.tree.unflatten(tree, leaves), *args, ops=self._ops)
+    def _jit(self, function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(tree: Any, leaves: list[Array], *args: Any, **static: Any) -> Any:
+            self.compiles += 1  # jit runs this line once a shape
+            return function(jax.tree.unflatten(tree, leaves), *args, ops=self._ops, **static)
 
-    def __call__(
-        self, tree: Any, leaves: list[Array], state: DeviceState, *args: Any
-    ) -> tuple[DeviceState, Output]:
-        """`step` with the decoder as leaves and tree: flattening a module takes milliseconds."""
-        return self._step(tree, leaves, state, *args)
+        del traced.__wrapped__  # jit would look for its arguments' names there
+        return jit(traced, implementation=self._ops.implementation, static_argnums=0, **kwargs)
 
 
 @functools.cache
-def program(ops: Ops) -> Program:
+def programs(ops: Ops) -> Programs:
     """One for all engines with the same ops."""
-    return Program(ops)
+    return Programs(ops)

@@ -48,7 +48,7 @@ class Device:
             self.config.max_tokens_per_step
         )
         assert len(plan.decodes) <= plan.decode_rows <= self.config.max_batch_size
-        for chunk in plan.rows:
+        for chunk in (*plan.chunks, *plan.decodes):
             r = chunk.request
             assert r.slot is not None and 1 <= chunk.length
             ids = r.tokens(chunk.start, chunk.start + chunk.length)
@@ -59,7 +59,7 @@ class Device:
             for position, token in enumerate(ids, chunk.start):
                 self.pages[r.pages[position // PAGE]][position % PAGE] = token
         chosen = []
-        for chunk in plan.rows:
+        for chunk in (*plan.chunks, *plan.decodes):
             r = chunk.request
             read = [t for page in r.pages for t in self.pages[page]][: chunk.start + chunk.length]
             assert read[: r.known] == r.tokens(0, min(r.known, len(read)))
@@ -87,7 +87,7 @@ class Run:
         return bool(self.sent or self.scheduler.waiting or self.scheduler.running)
 
     def see(self, plan: Plan, chosen: list[int]) -> None:
-        for chunk, token in zip(plan.rows, chosen, strict=True):
+        for chunk, token in zip((*plan.chunks, *plan.decodes), chosen, strict=True):
             r = chunk.request
             if r.finish_reason is not None:
                 continue
