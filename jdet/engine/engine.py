@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from jdet.compiler import check_environment
 from jdet.engine.config import EngineConfig
 from jdet.engine.device import Device, Results
+from jdet.engine.handle import Delta, DeltaReader, Handle, text_of
 from jdet.engine.request import Request
 from jdet.engine.scheduler import Chunk, Counts, Plan, Scheduler
 from jdet.engine.step import PromptLogprobs, TopTokens
@@ -20,41 +20,11 @@ from jdet.engine.stops import StopStrings
 from jdet.generation import (
     Completion,
     LanguageModel,
-    completion_text,
     encode_prompt,
     requests_of,
     stop_string_end,
 )
 from jdet.sampling import SamplingParams, bias_pairs, stop_tokens
-from jdet.text_stream import TextStream
-
-
-@dataclasses.dataclass(eq=False)
-class Handle:
-    """What `Engine.submit` gives: the samples of one prompt.
-
-    Attributes:
-      request_id: the caller's name for it, or one by order of arrival.
-      prompt_index: goes into its completions.
-      requests: the state of its samples.
-    """
-
-    request_id: str
-    prompt_index: int
-    requests: tuple[Request, ...]
-
-    @property
-    def done(self) -> bool:
-        """Whether every sample has ended."""
-        return all(r.finish_reason is not None for r in self.requests)
-
-
-class Delta(NamedTuple):
-    """What a sample has got since the last one; `text` is held back where it may be a stop."""
-
-    sample_index: int
-    token_ids: list[int]
-    text: str
 
 
 class Engine:
@@ -173,27 +143,11 @@ class Engine:
 
         All other requests go on meanwhile. Joined, the deltas are the completions.
         """
-        tokenizer, shown = self.model.tokenizer, [0] * len(handle.requests)
-        texts = [
-            None if tokenizer is None else TextStream(tokenizer.stream_decoder(), r.params.stop)
-            for r in handle.requests
-        ]
-        open_samples = set(range(len(handle.requests)))
-        while open_samples:
+        reader = DeltaReader(self.model, handle)
+        while not reader.done:
             if not handle.done:
                 self.step()
-            for i in sorted(open_samples):
-                request, stream = handle.requests[i], texts[i]
-                ended = request.finish_reason is not None
-                ids = request.token_ids[shown[i] :]
-                shown[i] += len(ids)
-                text = "" if stream is None else stream.push(ids)
-                if ended:
-                    open_samples.remove(i)
-                    if stream is not None:
-                        text += stream.finish(self._text(request))
-                if ids or text:
-                    yield Delta(i, ids, text)
+            yield from reader.read()
 
     def completions(self, handle: Handle) -> list[Completion]:
         """The results of a handle that is done, by sample.
@@ -309,11 +263,6 @@ class Engine:
         self._stops.pop(request, None)
         self._scheduler.finish(request, reason)
 
-    def _text(self, request: Request) -> str:
-        return completion_text(
-            self.model.tokenizer, request.token_ids, request.params, cut=request.stop_string
-        )
-
     def _completion(self, handle: Handle, request: Request) -> Completion:
         params = request.params
         wants_prompt = params.prompt_logprobs is not None
@@ -322,7 +271,7 @@ class Engine:
             sample_index=request.sample_index,
             prompt_token_ids=list(request.prompt),
             token_ids=request.token_ids,
-            text=self._text(request),
+            text=text_of(self.model.tokenizer, request),
             logprobs=request.logprobs,
             finish_reason=str(request.finish_reason),
             seed=params.seed,

@@ -50,5 +50,5 @@ def tiny_config() -> dict[str, Any]:
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_attention_heads": 4,
-        "head_dim": 32,
+        "head_dim": 16,
     }

@@ -103,9 +103,8 @@ def test_a_mixed_load_gives_the_solo_bits() -> None:
 
 def test_plain_xla_fails_the_same_comparison() -> None:
     run = engine(implementation="xla")
-    load = [(p, s) for p, s in mixed_load() if s.temperature == 0]
-    handles = run_all(run, load)
-    assert run.counts.mixed_steps >= 2
+    handles = run_all(run, mixed_load())
+    assert run.counts.mixed_steps >= 5
     assert not all(as_alone(run, h, "xla") for h in handles)
 
 
@@ -144,7 +143,7 @@ def test_a_needle_among_64_requests_has_the_solo_bits() -> None:
     run = engine(config)
     rng = random.Random(3)
     needles = [(prompt_of(40, 40), hot(9, 16, logprobs=2)), (prompt_of(41, 70), greedy(16))]
-    load = [(prompt_of(i, rng.randint(1, 60)), hot(i, rng.randint(8, 40))) for i in range(62)]
+    load = [(prompt_of(i, rng.randint(1, 20)), hot(i, rng.randint(30, 40))) for i in range(62)]
     at = sorted(rng.sample(range(64), 2))
     for place, needle in zip(at, needles, strict=True):
         load.insert(place, needle)
@@ -197,7 +196,7 @@ def test_bursts_around_a_request_leave_its_bits() -> None:
             run.step()
             heights.add(len(run._scheduler.running))
         assert not long.done
-    assert {2, 8} <= heights and run.counts.mixed_steps >= 6
+    assert len(heights) >= 3 and 8 in heights and run.counts.mixed_steps >= 6
     while run.step():
         pass
     assert as_alone(run, long) and all(as_alone(run, h) for h in others)
