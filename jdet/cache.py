@@ -1,4 +1,4 @@
-"""The contiguous KV cache: a plain pytree, donated to each step."""
+"""The KV cache: a plain pytree, donated to each step; and how entries are put into pages."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -58,3 +58,23 @@ def write(
         return lax.dynamic_update_slice_in_dim(slots, entries.transpose(1, 0, 2), at, 1)
 
     return jax.vmap(row)(cache, new, start)
+
+
+def write_pages(
+    pages: Float[Array, "P Hkv page D"],
+    new: Float[Array, "B T Hkv D"],
+    page_table: Int32[Array, "B N"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "P Hkv page D"]:
+    """Put row b's entry for position s into slot s % page of page page_table[b, s // page].
+
+    Position -1 is padding and is not written, nor is what no page of `pages` holds. Two entries
+    must not meet in one slot: rows may share pages that none of them writes.
+    """
+    count, _, page_size, _ = pages.shape
+    row_pages = page_table.shape[1]
+    index = jnp.clip(positions // page_size, 0, row_pages - 1)
+    page = jnp.take_along_axis(page_table, index, axis=1)
+    there = (positions >= 0) & (positions < row_pages * page_size) & (page >= 0)
+    page = jnp.where(there, page, count)
+    return pages.at[page, :, positions % page_size].set(new, mode="drop")

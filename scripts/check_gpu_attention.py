@@ -12,13 +12,16 @@ every padding query:
   prefill of 8192 tokens, at every split boundary and its neighbours and on a stride between.
 - batches: batch sizes 1 to 128, and neighbours of 1 to 32768 keys.
 - chunks: a prompt of 1000 tokens in chunks of several sizes.
+- paged: pages of 16, 64 and 256 slots, shuffled, some shared by all rows, NaN in the slots and
+  pages that nobody uses and anything in their entries of the table: bits of the contiguous cache.
 - control: `jax.nn.dot_product_attention` (xla, cudnn) over batch sizes must show more than
   one bit pattern in row 0.
 
-Then timings: device time by CUPTI, inputs rotated over at least 250 MB, medians; ours, cuDNN and
-the floor (bytes over the measured copy rate, or operations over the measured matrix rate).
-Every mismatch is reported and makes it exit with 1. Work is spread over processes, because the
-time goes to compiling; one process at a time is timed, after the checks.
+Then timings: device time by CUPTI, inputs rotated over at least 250 MB, medians; ours, ours with
+pages of 64 slots (decode), cuDNN and the floor (bytes over the measured copy rate, or operations
+over the measured matrix rate). Every mismatch is reported and makes it exit with 1. Work is
+spread over processes, because the time goes to compiling; one process at a time is timed, after
+the checks.
 """
 
 import argparse
@@ -38,6 +41,7 @@ QWEN = (32, 8, 128)  # heads, heads of keys, head_dim
 SMOL = (9, 3, 64)
 DECODE = ((1, 4096), (1, 32768), (8, 1024), (8, 8192), (32, 2048), (64, 1024), (64, 4096))
 DECODE = (*DECODE, (128, 1024), (128, 4096))
+PAGE = 64  # slots, in the timings
 PREFILL = ((1, 2048), (1, 8192))
 
 
@@ -76,11 +80,19 @@ def _case(seed, batch, length, cache, sizes, positions, dtype="bfloat16"):
     return q, k, v, jnp.asarray(positions)
 
 
-def _ours(q, k, v, positions, schedule=None):
+def _ours(q, k, v, positions, schedule=None, page_table=None):
     from jdet.pallas_kernels.attention import mosaic_gpu
 
-    scale = q.shape[-1] ** -0.5
-    return mosaic_gpu.attention(q, k, v, positions, scale=scale, kv_split=SPLIT, schedule=schedule)
+    return mosaic_gpu.attention(
+        q,
+        k,
+        v,
+        positions,
+        scale=q.shape[-1] ** -0.5,
+        kv_split=SPLIT,
+        schedule=schedule,
+        page_table=page_table,
+    )
 
 
 def _rows_that_differ(a, b):
@@ -243,6 +255,43 @@ def run_chunks(job):
     return {"calls": 1 + sum(-(-length // c) for c in job["chunk_sizes"]), "wrong": wrong}
 
 
+def _pages(k, v, lasts, size, shared):
+    """The caches in shuffled pages; the first `shared` pages of row 0 are those of every row."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(size)
+    batch, heads, slots, dim = k.shape
+    width = slots // size
+    count = batch * width + 3
+    table = rng.permutation(count)[: batch * width].reshape(batch, width)
+    sides = []
+    for cache in (k, v):
+        pages = np.full((count, heads, size, dim), np.nan, cache.dtype)
+        pages[table] = np.asarray(cache).reshape(batch, heads, width, size, dim).swapaxes(1, 2)
+        pages[table[1:, :shared]] = np.nan
+        sides.append(jnp.asarray(pages))
+    table[:, :shared] = table[0, :shared]
+    unused = np.arange(width) * size > np.asarray(lasts)[:, None]
+    anything = rng.choice([-1, -(2**31), 2**31 - 1, count, 0], table.shape)
+    return *sides, jnp.asarray(np.where(unused, anything, table), jnp.int32)
+
+
+def run_paged(job):
+    sizes, length, lasts = job["sizes"], job["length"], job["lasts"]
+    positions = _consecutive(lasts, length, length // 3)
+    q, k, v, positions = _case(17, len(lasts), length, 2048, sizes, positions)
+    common = min(*lasts, 511) + 1
+    k, v = (c.at[1:, :, :common].set(c[0, :, :common]) for c in (k, v))
+    whole, wrong = _ours(q, k, v, positions), []
+    for size in (16, 64, 256):
+        k_pages, v_pages, table = _pages(k, v, lasts, size, common // size)
+        differ = _rows_that_differ(_ours(q, k_pages, v_pages, positions, None, table), whole)
+        if differ:
+            wrong.append(f"{differ} rows differ with pages of {size}")
+    return {"calls": 4, "sha256": _sha(whole), "wrong": wrong}
+
+
 def run_control(job):
     import functools
 
@@ -272,8 +321,8 @@ def run_time(job):
     kv_bytes = 2 * batch * context * kv_heads * dim * 2
     copies = min(timing.copies_for(kv_bytes), 16)
 
-    def ours(qs, ks, vs, positions):
-        return [_ours(q, k, v, positions) for q, k, v in zip(qs, ks, vs, strict=True)]
+    def ours(qs, ks, vs, positions, table=None):
+        return [_ours(q, k, v, positions, None, table) for q, k, v in zip(qs, ks, vs, strict=True)]
 
     cudnn_one = functools.partial(
         jax.nn.dot_product_attention, is_causal=length > 1, implementation="cudnn"
@@ -293,24 +342,29 @@ def run_time(job):
     row = {"op": "attention", "batch": batch, "context": context, "queries": length}
     q_shape = (batch, length, heads, dim)
     forms = {
-        "ours_us": (ours, (batch, kv_heads, context, dim)),
-        "cudnn_us": (cudnn, (batch, context, kv_heads, dim)),
+        "ours_us": (ours, (batch, kv_heads, context, dim), ()),
+        "cudnn_us": (cudnn, (batch, context, kv_heads, dim), ()),
     }
+    if length == 1:
+        count = batch * context // PAGE
+        table = jax.random.permutation(jax.random.key(0), count).reshape(batch, -1)
+        forms["paged_us"] = ours, (count, kv_heads, PAGE, dim), (table.astype(jnp.int32),)
     programs = {}
-    for name, (f, kv_shape) in forms.items():
+    for name, (f, kv_shape, tables) in forms.items():
         shapes = [
             [jax.ShapeDtypeStruct(s, jnp.bfloat16)] * copies for s in (q_shape, kv_shape, kv_shape)
         ]
         start = time.perf_counter()
-        programs[name] = (jax.jit(f).lower(*shapes, positions).compile(), kv_shape)
+        programs[name] = jax.jit(f).lower(*shapes, positions, *tables).compile()
         row[name.replace("_us", "_compile_s")] = round(time.perf_counter() - start, 2)
     with LOCK:
-        for name, (f, kv_shape) in programs.items():
+        for name, (_, kv_shape, tables) in forms.items():
             args = [
                 [draw(100 * j + i, s) for i in range(copies)]
                 for j, s in enumerate((q_shape, kv_shape, kv_shape))
             ]
-            row[name] = round(timing.device_us(f, *args, positions) / copies, 2)
+            us = timing.device_us(programs[name], *args, positions, *tables)
+            row[name] = round(us / copies, 2)
             del args
     row["bytes"] = kv_bytes + 2 * 2 * batch * length * heads * dim
     row["operations"] = (
@@ -382,6 +436,9 @@ def jobs():
     every = (1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127)
     out += [{"check": "batches", "sizes": QWEN, "batches": every[i::5]} for i in range(5)]
     out += [{"check": "neighbours", "sizes": QWEN}]
+    for sizes, length in ((QWEN, 1), (QWEN, 70), (QWEN, 300), (SMOL, 1), (SMOL, 333)):
+        lasts = (2047, 1500, max(length - 1, 700), 1023)
+        out.append({"check": "paged", "sizes": sizes, "length": length, "lasts": lasts})
     out += [
         {"check": "chunks", "sizes": QWEN, "chunk_sizes": c} for c in ((256,), (100, 333), (17,))
     ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdet.cache import CacheShape, create_cache, write
+from jdet.cache import CacheShape, create_cache, write, write_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +66,23 @@ def test_fill_stays_where_nothing_was_written(dtype):
         after = np.asarray(write_jit(side, new, np.array([0, 12], np.int32))).astype(np.float32)
         assert (after[0, :, :4] == 1).all() and np.isnan(after[0, :, 4:]).all()
         assert (after[1, :, 12:] == 1).all() and np.isnan(after[1, :, :12]).all()
+
+
+def test_write_pages_places_entries_by_the_table(dtype):
+    """Padding, entries without a page and positions past the table are dropped."""
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((6, 3, 16, 8)).astype(dtype)
+    new = rng.standard_normal((4, 3, 3, 8)).astype(dtype)
+    table = np.array([[5, 2], [0, -7], [3, 6], [1, 2**31 - 1]], np.int32)
+    positions = np.array([[15, 16, 17], [0, 31, -1], [4, 16, 32], [-1, -1, -1]], np.int32)
+    after = np.asarray(jax.jit(write_pages)(before, new, table, positions))
+    expected = before.copy()
+    for page, slot, entry in (
+        (5, 15, new[0, 0]),
+        (2, 0, new[0, 1]),
+        (2, 1, new[0, 2]),
+        (0, 0, new[1, 0]),
+        (3, 4, new[2, 0]),
+    ):
+        expected[page, :, slot] = entry
+    np.testing.assert_array_equal(after, expected)

@@ -124,16 +124,20 @@ class Ops:
     def attention(
         self,
         q: Float[Array, "B T H D"],
-        k_cache: Float[Array, "B Hkv S D"],
-        v_cache: Float[Array, "B Hkv S D"],
+        k_cache: Float[Array, "P Hkv S D"],
+        v_cache: Float[Array, "P Hkv S D"],
         positions: Int32[Array, "B T"],
+        *,
+        page_table: Int32[Array, "B N"] | None = None,
     ) -> Float[Array, "B T H D"]:
         """Causal attention of queries at `positions` over their row's cache, scale D**-0.5.
 
         Splits of the contract's `kv_split` at absolute positions, merged in ascending order
-        (`pallas_kernels.attention.reference` writes the tree down).
+        (`pallas_kernels.attention.reference` writes the tree down). The caches hold a row for
+        each row of q; or pages, named by `page_table` (`pallas_kernels.attention.pages`), with
+        the same bits.
         """
-        check_attention(q, k_cache, v_cache, positions, self.contract.kv_split)
+        check_attention(q, k_cache, v_cache, positions, self.contract.kv_split, page_table)
         return _op("attention", self.implementation)(
             q,
             k_cache,
@@ -141,6 +145,7 @@ class Ops:
             positions,
             scale=q.shape[-1] ** -0.5,
             kv_split=self.contract.kv_split,
+            page_table=page_table,
         )
 
     def silu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:

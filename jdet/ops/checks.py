@@ -2,6 +2,8 @@
 
 from jaxtyping import Array
 
+from jdet.pallas_kernels.attention.pages import check_pages
+
 
 def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
     """Raise ValueError unless x[..., K], w[N, K], bias[N] fit and `leaves` divides K."""
@@ -31,15 +33,23 @@ def check_rope(x: Array, cos: Array, sin: Array) -> None:
         raise ValueError(f"rope: x {x.shape}, cos {cos.shape}, sin {sin.shape}")
 
 
-def check_attention(q: Array, k: Array, v: Array, positions: Array, kv_split: int) -> None:
-    """Raise ValueError unless queries, cache and positions fit and kv_split divides S."""
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+def check_attention(
+    q: Array, k: Array, v: Array, positions: Array, kv_split: int, page_table: Array | None = None
+) -> None:
+    """Raise ValueError unless queries, cache and positions fit and kv_split divides S.
+
+    With a page table: unless it fits the queries, and the size of a page fits kv_split.
+    """
+    rows = k.shape[0] if page_table is None else q.shape[0]
+    if k.shape != v.shape or q.shape[0] != rows or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q {q.shape}, k_cache {k.shape}, v_cache {v.shape}")
     if q.shape[2] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[2]} query heads over {k.shape[1]} key heads")
     if positions.shape != q.shape[:2]:
         raise ValueError(f"attention: positions {positions.shape}; must be {q.shape[:2]}")
-    if k.shape[2] % kv_split:
+    if page_table is not None:
+        check_pages(page_table, q.shape[0], k.shape[2], kv_split)
+    elif k.shape[2] % kv_split:
         raise ValueError(
             f"attention: a cache of {k.shape[2]} slots is no multiple of kv_split={kv_split}"
         )

@@ -23,17 +23,21 @@ class Schedule:
     """How the tree is walked.
 
     Attributes:
-      kind: 'walked' (a block folds the splits of its rows as it goes) or 'spread' (a block
-        computes any split alone; a second kernel folds them).
+      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a block takes a share of
+        all splits; a second kernel folds what a block could not).
       wgs: consumer warpgroups of a block, each with 64 rows; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
+      merge_columns: columns of o that it folds, of head_dim at most.
+      fetch: splits that it fetches at once.
     """
 
     kind: str
     wgs: int = 1
     blocks: int = SMS
     merge_rows: int = 4
+    merge_columns: int = 128
+    fetch: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("walked", "spread"):
@@ -42,6 +46,10 @@ class Schedule:
             raise ValueError(f"a block has 1 or 2 consumers, 1 if spread: {self}")
         if self.merge_rows % 4:
             raise ValueError(f"merge_rows must be a multiple of 4: {self}")
+        if self.merge_columns not in (32, 64, 128):
+            raise ValueError(f"merge_columns must be 32, 64 or 128: {self}")
+        if self.blocks < 1 or self.fetch < 1:
+            raise ValueError(f"blocks and fetch must be positive: {self}")
 
     def slots(self, d: "Shape") -> int:
         """Tiles of keys or values that fit beside the queries and the results."""
@@ -63,12 +71,20 @@ class Shape:
     factor: float  # scale * log2(e)
 
     @property
+    def part_rows(self) -> int:
+        """Rows of a tile in the partial results."""
+        return -(-self.rows // 4) * 4
+
+    @property
     def tile(self) -> int:
         return min(self.kv_split, 128)
 
-    def parts(self, tiles: int, splits: int) -> jax.ShapeDtypeStruct:
-        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each."""
-        shape = (tiles, splits, self.dim // 32 + 2, self.kv_heads * self.rows, 32)
+    def parts(self, tiles: int, splits: int, fetch: int) -> jax.ShapeDtypeStruct:
+        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each.
+
+        The last fetch of the fold may reach past the last split: there is room for it.
+        """
+        shape = (tiles, splits + fetch - 1, self.dim // 32 + 2, self.kv_heads * self.part_rows, 32)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     @property
@@ -92,63 +108,101 @@ def splits_of(last: jax.Array, d: Shape) -> jax.Array:
     return lax.div(last + d.kv_split, d.kv_split)
 
 
-# What a block does: body(items before, tile, head, first split, end, last key) for each of its
-# items, the splits first..end of one tile and head. Returns how many splits it has walked.
+def ends_of(last: jax.Array, d: Shape) -> jax.Array:
+    """For each tile, how many of all (tile, head, split) come before its end."""
+    tiles = jnp.arange(last.shape[0])
+    before = tiles <= tiles[:, None]
+    return jnp.where(before, splits_of(last, d) * d.kv_heads, 0).sum(1, dtype=jnp.int32)
 
 
-def walk_block(body: Callable[..., None], *, bounds: Any, tiles: int, wgs: int, d: Shape) -> Any:
+def share_of(ends: Any, blocks: int) -> jax.Array:
+    """In a kernel: how many of all (tile, head, split) a block of a spread grid takes."""
+    return lax.max(lax.div(ends[ends.shape[0] - 1] + blocks - 1, blocks), 1)
+
+
+def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
+    """In a kernel: how many of the ascending `ends` are at most `value`."""
+    size, count = ends.shape[0], jnp.int32(0)
+    for bit in reversed(range(size.bit_length())):
+        more = count + (1 << bit)
+        found = (more <= size) & (ends[lax.min(more, size) - 1] <= value)
+        count = jnp.where(found, more, count)
+    return count
+
+
+# What a block does: body(segments before, splits before, tile, head, first split, end, last key)
+# for each of its segments, the splits first..end of one tile and head. Returns both counts.
+
+
+def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
     """In a kernel: block -> one head of `wgs` neighbouring tiles, all their splits."""
     block = lax.axis_index("block")
     sets = -(-tiles // wgs)
     head, rest = lax.rem(block, d.kv_heads), lax.div(block, d.kv_heads)
     first = (sets - 1 - lax.rem(rest, sets)) * wgs  # the longest first
     row = lax.div(rest, sets) * tiles + first
-    last = bounds[row, 1]
+    high = last[row]
     for i in range(1, wgs):
-        other = bounds[row + lax.min(i, tiles - 1 - first), 1]
-        last = lax.max(last, other)
-    zero, splits = jnp.int32(0), splits_of(last, d)
-    body(zero, row, head, zero, splits, last)
-    return splits
+        other = last[row + lax.min(i, tiles - 1 - first)]
+        high = lax.max(high, other)
+    zero, splits = jnp.int32(0), splits_of(high, d)
+    body(zero, zero, row, head, zero, splits, high)
+    return jnp.int32(1), splits
 
 
-def walk_share(body: Callable[..., None], *, bounds: Any, d: Shape) -> Any:
-    """In a kernel: block -> every n-th of all (tile, split, head) that hold a key, n blocks."""
+def walk_share(body: Callable[..., None], *, last: Any, ends: Any, d: Shape) -> Any:
+    """In a kernel: block -> its share of all (tile, head, split)."""
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    share, total = share_of(ends, blocks), ends[ends.shape[0] - 1]
+    begin = lax.min(block * share, total)
+    stop = lax.min(begin + share, total)
 
     def row_loop(row, state):
-        before, count = state
-        last = bounds[row, 1]
-        items = splits_of(last, d) * d.kv_heads
-        first = lax.rem(block + blocks - lax.rem(before, blocks), blocks)
-        mine = lax.div(lax.max(items - first, 0) + blocks - 1, blocks)
+        splits = splits_of(last[row], d)
+        offset = ends[row] - splits * d.kv_heads
+        low = lax.max(begin - offset, 0)
+        high = lax.min(stop - offset, splits * d.kv_heads)
+        per_head = lax.max(splits, 1)
 
-        def item_loop(i, _):
-            item = first + i * blocks
-            split = lax.div(item, d.kv_heads)
-            body(count + i, row, lax.rem(item, d.kv_heads), split, split + 1, last)
+        def head_loop(head, state):
+            segments, done = state
+            first = lax.max(low - head * splits, 0)
+            end = lax.min(high - head * splits, splits)
+            alone = first > 0  # what lies before is another block's
 
-        lax.fori_loop(0, mine, item_loop, None)
-        return before + items, count + mine
+            def segment_loop(i, _):
+                upto = jnp.where(alone, first + i + 1, end)
+                body(segments + i, done + i, row, head, first + i, upto, last[row])
+
+            count = jnp.where(alone, end - first, 1)
+            lax.fori_loop(0, count, segment_loop, None)
+            return segments + count, done + end - first
+
+        heads = lax.div(low, per_head), lax.div(high + per_head - 1, per_head)
+        return lax.fori_loop(*heads, head_loop, state)
 
     zero = jnp.int32(0)
-    return lax.fori_loop(0, bounds.shape[0], row_loop, (zero, zero))[1]
+    rows = _count_up_to(ends, begin), _count_up_to(ends, stop - 1) + 1
+    return lax.fori_loop(*rows, row_loop, (zero, zero))
+
+
+# Of the second kernel, for few blocks with many splits to fetch, for some, and for many blocks.
+_FEW = Schedule("spread", merge_columns=32, fetch=8)
+_SOME = Schedule("spread", merge_columns=32, fetch=4)
+_MANY = Schedule("spread")
 
 
 def schedules(length: int) -> tuple[Schedule, ...]:
     """Registered schedules for `length` queries a row: all of them give the same bits."""
-    every = (
-        Schedule("spread"),
-        Schedule("spread", blocks=37, merge_rows=16),
-        Schedule("walked"),
-        Schedule("walked", wgs=2),
-    )
-    return every if length > 1 else every[:3]
+    spread = (_FEW, _SOME, _MANY, Schedule("spread", blocks=37, merge_rows=16))
+    walked = (Schedule("walked"), Schedule("walked", wgs=2))
+    return (*spread, *walked[: 2 if length > 1 else 1])
 
 
 def default_schedule(batch: int, length: int, heads: int, kv_heads: int) -> Schedule:
     """The schedule to use for a shape. Speed only."""
-    tiles = math.ceil(length * heads / kv_heads / ROWS)
-    if length == 1 or batch * tiles * kv_heads < 2 * SMS:
-        return Schedule("spread")
-    return Schedule("walked", wgs=2)
+    tiles = batch * math.ceil(length * heads / kv_heads / ROWS)
+    if length > 1 and tiles * kv_heads >= 2 * SMS:
+        return Schedule("walked", wgs=2)
+    folds = tiles * kv_heads
+    return _FEW if folds <= SMS // 4 else _SOME if folds <= SMS else _MANY

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jdet.pallas_kernels.attention.pages import contiguous
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS
 from jdet.pallas_kernels.trees import exp, tree_sum
 
@@ -153,14 +154,16 @@ def attention_tiled(
 
 def attention(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
     *,
     scale: float,
     kv_split: int,
+    page_table: Int32[Array, "B N"] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """See `reference.attention`; S must be a multiple of `kv_split`."""
+    """See `reference.attention`; S must be a multiple of `kv_split`. Pages are gathered first."""
+    k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
     return lax.platform_dependent(
         q,
         k_cache,

@@ -4,17 +4,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jdet.pallas_kernels.attention.pages import contiguous
 from jdet.pallas_kernels.trees import wide_dtype
 
 
 def attention(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
     *,
     scale: float,
     kv_split: int,
+    page_table: Int32[Array, "B N"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Query (b, t) attends to the keys 0..positions[b, t] of its row; position -1 gives zeros.
 
@@ -25,7 +27,12 @@ def attention(
     M = max(m, m'), l exp(m - M) + l' exp(m' - M), o exp(m - M) + o' exp(m' - M).
     A split with no key for the query leaves the running value exactly as it was.
     The result is o / l, rounded once to q's dtype. float64 inputs are computed in float64.
+
+    The cache of row b is row b of `k_cache` and `v_cache`; or, with a `page_table`, they hold
+    pages, and it is those that row b of the table names (see `pages`). What lies after a row's
+    last key is not used: neither slots, nor pages, nor entries of the table.
     """
+    k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
     batch, length, heads, dim = q.shape
     kv_heads, cache_length = k_cache.shape[1:3]
     wide = wide_dtype(q)

@@ -4,18 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jdet.pallas_kernels.attention.pages import contiguous
+
 
 def attention(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
     *,
     scale: float,
     kv_split: int,
+    page_table: Int32[Array, "B N"] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """einsum, softmax over the whole cache, einsum. `kv_split` has no meaning here."""
-    del kv_split
+    """einsum, softmax over the whole cache, einsum. `kv_split` matters only to pages' layout."""
+    k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
     batch, length, heads, dim = q.shape
     kv_heads, cache_length = k_cache.shape[1:3]
     group = heads // kv_heads

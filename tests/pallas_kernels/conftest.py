@@ -106,6 +106,39 @@ def normal():
 
 
 @pytest.fixture(scope="session")
+def paged():
+    """paged(k, v, positions, page_size, shared=0): the same keys and values in shuffled pages.
+
+    Rows share their first `shared` pages, which hold row 0's. NaN lies in every slot after a
+    row's last key and in spare pages; entries of the table after it point anywhere.
+    """
+
+    def lay_out(k, v, positions, page_size, shared=0):
+        k, v = np.asarray(k), np.asarray(v)
+        batch, heads, _, dim = k.shape
+        last = np.asarray(positions).max(1)
+        used = last // page_size + 1
+        width = used.max() + 2
+        rng = np.random.default_rng(page_size)
+        count = batch * width + 3
+        table = rng.permutation(count)[: batch * width].astype(np.int32).reshape(batch, width)
+        table[:, :shared] = table[0, :shared]
+        pages = np.full((2, count, heads, page_size, dim), np.nan, k.dtype)
+        for row, i in np.ndindex(batch, width):
+            stop = min((i + 1) * page_size, last[row] + 1)
+            for side, cache in zip(pages, (k, v), strict=True):
+                if i < used[row] and not (row and i < shared):
+                    part = cache[row, :, i * page_size : stop]
+                    side[table[row, i], :, : part.shape[1]] = part
+        for row in range(batch):
+            anything = (-1, -(2**31), 2**31 - 1, count, table[0, 0], table[-1, -1])
+            table[row, used[row] :] = rng.choice(anything, width - used[row])
+        return *pages, table
+
+    return lay_out
+
+
+@pytest.fixture(scope="session")
 def assert_rows_alike(assert_same_bits):
     """Run f over batches of the given sizes, each drawn from another place of the largest.
 

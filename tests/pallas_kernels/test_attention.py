@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdet.cache import write_pages
 from jdet.compiler import jit
 from jdet.pallas_kernels.attention import portable
 
@@ -38,10 +39,11 @@ def request_of(normal):
 def attend(op):
     """attend(implementation, q, k, v, positions, kv_split): positions a list, [T] or [B, T]."""
 
-    def call(implementation, q, k, v, positions, kv_split):
+    def call(implementation, q, k, v, positions, kv_split, page_table=None):
         at = np.broadcast_to(np.asarray(positions, np.int32), q.shape[:2])
         function = op("attention", implementation)
-        out = function(q, k, v, at, scale=q.shape[-1] ** -0.5, kv_split=kv_split)
+        scale = q.shape[-1] ** -0.5
+        out = function(q, k, v, at, scale=scale, kv_split=kv_split, page_table=page_table)
         assert out.shape == q.shape and out.dtype == q.dtype, "another batch was formed"
         return np.asarray(out)
 
@@ -70,12 +72,18 @@ def test_right(attend, request_of, implementation, dtype, heads):
     """Rows at the start, middle and end of three splits; weights are rounded to v's dtype."""
     q, k, v = request_of(0, heads, 4, 192, dtype, batch=2)
     positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
-    out = attend(implementation, q, k, v, positions, 64).astype(np.float64)
+    assert_right(attend(implementation, q, k, v, positions, 64), q, k, v, positions)
+
+
+def assert_right(out, q, k, v, positions):
+    """To the roundings of the sums, of the weights and of the result."""
     want, size = oracle(q, k, v, positions)
-    single, own = np.finfo(np.float32).eps, float(jnp.finfo(dtype).eps)
-    sums = 4 * np.sqrt(heads[2]) + np.sqrt(192)  # of the scores (their size is about 4), and of p
+    single, own = np.finfo(np.float32).eps, float(jnp.finfo(out.dtype).eps)
+    # Of the scores (their size is about 4), and of p.
+    sums = 4 * np.sqrt(q.shape[3]) + np.sqrt(np.max(positions) + 1)
     tolerance = (sums * single + own / 2) * size + own * abs(want)
-    assert (abs(out - want) <= tolerance).all(), (abs(out - want) / tolerance).max()
+    error = abs(out.astype(np.float64) - want)
+    assert (error <= tolerance).all(), (error / tolerance).max()
 
 
 @pytest.mark.parametrize("among", ["reference", "portable"])
@@ -241,6 +249,77 @@ def test_schedules_agree(request_of, dtype, assert_same_bits):
         at = positions.astype(np.int32)
         whole, tiled = (f(q, k, v, at, scale=0.125, kv_split=16) for f in schedules)
         assert_same_bits(tiled, whole, f"B={batch}, T={length}")
+
+
+# Rows of queries at positions; the pages of every size end inside of them, at them, and never.
+PAGED = {
+    "decode": [[0], [15], [16], [255], [256], [-1], [600]],
+    "prefill": [[*range(70)], [*range(33), *[-1] * 37]],
+    "chunk": [[*range(250, 290)], [*range(10), *[-1] * 30], [*range(500, 540)]],
+}
+pages_of_all_sizes = pytest.mark.parametrize("page_size", [16, 64, 256])
+
+
+@pages_of_all_sizes
+@pytest.mark.parametrize("kind", PAGED)
+def test_pages_give_the_bits_of_a_contiguous_cache(
+    attend, request_of, paged, invariant, dtype, page_size, kind, assert_same_bits
+):
+    positions = PAGED[kind]
+    q, k, v = request_of(0, SMOL, len(positions[0]), 768, dtype, batch=len(positions))
+    whole = attend(invariant, q, k, v, positions, 256)
+    *pages, table = paged(k, v, positions, page_size)
+    assert_same_bits(attend(invariant, q, *pages, positions, 256, table), whole)
+
+
+def test_pages_are_right(attend, request_of, paged, implementation, dtype):
+    """Plain XLA and the reference as well, whatever lies in pages that nobody uses."""
+    positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
+    q, k, v = request_of(0, SMOL, 4, 192, dtype, batch=2)
+    *pages, table = paged(k, v, positions, 16)
+    out = attend(implementation, q, *pages, positions, 64, table)
+    assert_right(out, q, k, v, positions)
+
+
+@pages_of_all_sizes
+def test_rows_that_share_pages(
+    attend, request_of, paged, invariant, dtype, page_size, assert_same_bits
+):
+    """A prompt of 256 tokens in one place for three rows that go on differently."""
+    positions = [[300], [256], [600]]
+    q, k, v = request_of(0, SMOL, 1, 768, dtype, batch=3)
+    k[:, :, :256], v[:, :, :256] = k[:1, :, :256], v[:1, :, :256]
+    whole = attend(invariant, q, k, v, positions, 256)
+    *pages, table = paged(k, v, positions, page_size, shared=256 // page_size)
+    assert_same_bits(attend(invariant, q, *pages, positions, 256, table), whole)
+
+
+def test_prompt_written_into_pages_in_chunks(
+    attend, request_of, invariant, dtype, assert_same_bits
+):
+    q, k, v = request_of(0, SMOL, 48, 48, dtype)
+    whole = attend(invariant, q, k, v, range(48), 16)
+    put = jit(write_pages)
+    pages = [np.full((5, 3, 16, 64), np.nan, dtype)] * 2
+    table = np.array([[4, 0, 3]], np.int32)
+    for start in range(0, 48, 20):
+        at = np.arange(start, start + 20)[None]
+        at = np.where(at < 48, at, -1).astype(np.int32)
+        chunk = [x[:, :, at[0]].swapaxes(1, 2) for x in (k, v)]
+        pages = [put(side, new, table, at) for side, new in zip(pages, chunk, strict=True)]
+        out = attend(invariant, q[:, at[0]], *pages, at, 16, table)
+        real = at[0] >= 0
+        assert_same_bits(out[:, real], whole[:, at[0, real]], f"chunk from {start}")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(24, "pages of 24 slots; must be a multiple of 16"), (128, "pages of 128 .* kv_split=64")],
+)
+def test_pages_that_do_not_fit(attend, request_of, size, message):
+    q, k, v = request_of(0, SMOL, 1, size, jnp.float32, batch=2)
+    with pytest.raises(ValueError, match=message):
+        attend("portable", q, k, v, [3], 64, np.zeros((2, 1), np.int32))
 
 
 def test_split_is_part_of_the_contract(attend, request_of, invariant):

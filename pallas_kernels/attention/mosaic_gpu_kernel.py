@@ -1,0 +1,356 @@
+"""The main kernel of the Mosaic GPU attention; its tree and its schedules stand in `mosaic_gpu`.
+
+A block is one producer warpgroup, which only starts copies, and one or two consumers. Both walk
+the same items (mosaic_gpu_schedules), so they agree on slots without a word:
+
+- `full[slot]`, `empty[slot]`: a tile of keys or values has come, has been used by all consumers.
+- `q_full`, `q_empty`: the same for the queries of an item, two slots if spread.
+
+A consumer arrives with all its threads, each after its own wgmma has ended. What threads
+write and the copy engine or wgmma then reads lies behind a `commit_smem`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jdet.pallas_kernels.attention.mosaic_gpu_merge import LANES, exact, fill, finish, merge
+from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
+    ROWS,
+    Schedule,
+    Shape,
+    walk_block,
+    walk_share,
+)
+
+_CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
+_PRODUCER_REGISTERS = 24
+_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+_TILED = (plgpu.TilingTransform((8, _CHUNK)), plgpu.SwizzleTransform(128))
+
+
+def _union(shape: tuple[int, ...], tiled: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
+    """A buffer as the copy engine sees it (rows of 128 bytes) and as wgmma and registers do."""
+    row = plgpu.SwizzleTransform(128)
+    width = 128 // jnp.dtype(dtype).itemsize
+    view = plgpu.SMEM(tiled, dtype, transforms=(plgpu.TilingTransform((8, width)), row))
+    if interpret:
+        return view
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(row,)), view)
+
+
+def _across(x: jax.Array, width: int) -> jax.Array:
+    return lax.broadcast_in_dim(x, (ROWS, width), (0,))
+
+
+def attention_kernel(
+    *refs: Any, names: tuple[str, ...], s: Schedule, d: Shape, slots: int, interpret: bool
+) -> None:
+    """Everything but the fold of a spread grid. The inputs, by name, then the result:
+
+    q, k, v; last: of each tile of queries, its last position; if walked, first: its first one; if
+    prefill, rows: the position of each of its rows; if spread, ends: see `ends_of`; if k and v
+    are pages, table.
+    """
+    g, o_g = dict(zip(names, refs, strict=False)), refs[-1]
+    q_g = g["q"]
+    spread, decode = s.kind == "spread", "rows" not in g
+    chunks = d.dim // _CHUNK
+    group = d.rows // d.queries
+    split_slots = 2 * d.tiles
+    length = q_g.shape[1]
+    tiles = pl.cdiv(length, d.queries)
+    q_slots = 2 if spread else s.wgs
+    page_size = g["k"].shape[2] if "table" in g else d.tile
+    window = min(page_size, d.tile)  # keys of one copy
+    fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
+    fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
+
+    def scope(q_s, kv_s, keys_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
+        q_in, q_mma = (q_s, q_s) if interpret else q_s
+        wg = lax.axis_index("wg")
+
+        if spread:
+            each_item = functools.partial(walk_share, last=g["last"], ends=g["ends"], d=d)
+        else:
+            each_item = functools.partial(walk_block, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
+
+        def q_copies(gmem, smem, row, head, slot, c):
+            """Pairs of windows, chunk c of the queries' columns in tile `row` and in `slot`."""
+            cols = pl.ds(c * _CHUNK, _CHUNK)
+            if decode:
+                return [(gmem.at[row, 0, head, :, cols], smem.at[slot, c, pl.ds(0, d.rows)])]
+            batch, start = lax.div(row, tiles), lax.rem(row, tiles) * d.queries
+            if not interpret:
+                window = gmem.at[batch, pl.ds(start, d.queries), head, :, cols]
+                return [(window, smem.at[slot, c])]
+            return [
+                (
+                    gmem.at[batch, start + i, head, :, cols],
+                    smem.at[slot, c, pl.ds(i * group, group)],
+                )
+                for i in range(d.queries)
+            ]
+
+        def produce():
+            if s.wgs > 1:
+                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+
+            def tile_copies(src, batch, head, key, last, slot):
+                """Pairs of windows for the tile of keys or values from `key` on."""
+                if "table" not in g:
+                    return [(src.at[batch, head, pl.ds(key, d.tile)], kv_s.at[slot])]
+                keys = [key + i for i in range(0, d.tile, window)]
+                # After the page of the last key, that page again: nobody looks at it, and the
+                # table may hold anything there. All loads come before the first copy.
+                pages = [g["table"][batch, lax.div(lax.min(at, last), page_size)] for at in keys]
+                return [
+                    (
+                        src.at[page, head, pl.ds(lax.rem(at, page_size), window)],
+                        kv_s.at[slot, pl.ds(i * window, window)],
+                    )
+                    for i, (at, page) in enumerate(zip(keys, pages, strict=True))
+                ]
+
+            def item(count, done, row, head, first, end, last):
+                for i in range(s.wgs):
+                    slot = lax.rem(count, 2) if spread else i
+                    if spread:
+
+                        @pl.when(count >= q_slots)
+                        def _(slot=slot):
+                            plgpu.barrier_wait(q_empty.at[slot])
+
+                    # A tile past the last of its row is another row's, or nothing: never stored.
+                    for c in range(chunks):
+                        for src, dst in q_copies(q_g, q_in, row + i, head, slot, c):
+                            plgpu.copy_gmem_to_smem(src, dst, q_full.at[slot if spread else 0])
+                batch = row if decode else lax.div(row, tiles)
+                begin = done * split_slots
+
+                def split_loop(i, _):
+                    for j in range(split_slots):
+                        at = begin + (i - first) * split_slots + j
+                        slot = lax.rem(at, slots)
+
+                        @pl.when(at >= slots)
+                        def _(slot=slot):
+                            plgpu.barrier_wait(empty.at[slot])
+
+                        src = g["k" if j < d.tiles else "v"]
+                        key = i * d.kv_split + j % d.tiles * d.tile
+                        for window_g, window_s in tile_copies(src, batch, head, key, last, slot):
+                            plgpu.copy_gmem_to_smem(window_g, window_s, full.at[slot])
+
+                lax.fori_loop(first, end, split_loop, None)
+
+            segments, splits = each_item(item)
+
+            def drain(barrier, size, total):
+                def wait(at, _):
+                    plgpu.barrier_wait(barrier.at[lax.rem(at, size)])
+
+                lax.fori_loop(lax.max(total - size, 0), total, wait, None)
+
+            drain(empty, slots, splits * split_slots)
+            if spread:
+                drain(q_empty, 2, segments)
+
+        def split(at, q_slot, start, limit, last_key):
+            """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen."""
+
+            def slot_of(j):
+                return lax.rem(at + j, slots)
+
+            def score(*accs):
+                for j, acc in enumerate(accs):
+                    plgpu.barrier_wait(full.at[slot_of(j)])
+                    for c in range(chunks):
+                        k = kv_s.at[slot_of(j), :, pl.ds(c * _CHUNK, _CHUNK)]
+                        plgpu.wgmma(acc, q_mma.at[q_slot, c], k.transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                return [acc[...] for acc in accs]
+
+            acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
+            scores = pl.run_scoped(score, *[acc] * d.tiles)
+            for j in range(d.tiles):
+                plgpu.barrier_arrive(empty.at[slot_of(j)])
+            if limit is not None:
+                for j in range(d.tiles):
+                    # Loaded anew: an iota would be hoisted out of all loops, into registers
+                    # that are not there.
+                    key = plgpu.load(keys_s, layout=_COLUMN_LAYOUT, optimized=False)
+                    key = lax.broadcast_in_dim(key, (ROWS, d.tile), (1,))
+                    last = limit - (start + j * d.tile)
+                    if last.ndim:
+                        last = _across(last, d.tile)
+                    scores[j] = jnp.where(key <= last, scores[j], -jnp.inf)
+            m = scores[0].max(axis=1)
+            for x in scores[1:]:
+                m = jnp.maximum(m, x.max(axis=1))
+            m = exact("mul.rn.f32", _ROW_LAYOUT, interpret, m, d.factor)
+            base = jnp.where(m == -jnp.inf, 0.0, m)
+            total: Any = None
+            p = []
+            for x in scores:
+                x = jnp.exp2(fma(x, d.factor, _across(-base, d.tile)))
+                part = x.sum(axis=1)
+                total = part if total is None else total + part
+                p.append(x.astype(q_g.dtype))
+
+            if limit is not None:
+                for j in range(d.tiles):
+                    slot = slot_of(d.tiles + j)
+                    plgpu.barrier_wait(full.at[slot])
+                    clear(slot, last_key - start - j * d.tile)
+
+            def weigh(acc):
+                for j in range(d.tiles):
+                    slot = slot_of(d.tiles + j)
+                    if limit is None:
+                        plgpu.barrier_wait(full.at[slot])
+                    weights = p[j]
+                    if interpret:  # the simulator's wgmma takes no registers
+                        p_s.at[wg][...] = p[j]
+                        weights = p_s.at[wg]
+                    plgpu.wgmma(acc, weights, kv_s.at[slot])
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            out = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.dim), jnp.float32))
+            for j in range(d.tiles):
+                plgpu.barrier_arrive(empty.at[slot_of(d.tiles + j)])
+            return m, total, [out]
+
+        def clear(slot, last):
+            """Zeros the rows of V after `last`: nobody has written them.
+
+            Two consumers may do so at once: they write the same bytes.
+            """
+            for r in range(0, d.tile, ROWS):
+
+                @pl.when(last < r + ROWS - 1)
+                def _(r=r):
+                    part = kv_s.at[slot, pl.ds(r, ROWS)]
+                    row = r + plgpu.broadcasted_iota(
+                        jnp.int32, (ROWS, d.dim), 0, layout=plgpu.Layout.WGMMA
+                    )
+                    v = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=True)
+                    part[...] = jnp.where(row <= last, v, jnp.zeros_like(v))
+                    plgpu.commit_smem()
+
+        def nothing():
+            """What a split is merged into first."""
+            return (
+                fill((ROWS,), -jnp.inf, _ROW_LAYOUT),
+                fill((ROWS,), 0.0, _ROW_LAYOUT),
+                fill((ROWS, d.dim), 0.0, plgpu.Layout.WGMMA),
+            )
+
+        def merge_splits(begin, end, state, offset, q_slot, limit, last_key):
+            """`state` and the splits begin..end; the block has walked `offset` splits before."""
+
+            def step(i, state):
+                at = (offset + i - begin) * split_slots
+                part = split(at, q_slot, i * d.kv_split, limit, last_key)
+                m, total, out = state
+                m, total, (out,) = merge(
+                    (m, total, [out]), part, fma, fma_row, lambda x: _across(x, d.dim)
+                )
+                return m, total, out
+
+            return lax.fori_loop(begin, end, step, state)
+
+        def row_limit(row):
+            if decode:
+                return g["last"][row]
+            return plgpu.load(g["rows"].at[row], layout=_ROW_LAYOUT, optimized=False)
+
+        def consume_walked():
+            def item(_0, _1, row, head, first, end, high):
+                slot = wg if s.wgs > 1 else 0
+                tile = lax.rem(row, tiles) + slot
+                mine = row + jnp.where(tile < tiles, slot, 0)
+                limit = row_limit(mine)
+                plgpu.barrier_wait(q_full.at[0])
+                whole = lax.min(lax.div(g["first"][mine] + 1, d.kv_split), end)
+                state = merge_splits(jnp.int32(0), whole, nothing(), 0, slot, None, high)
+                _, total, out = merge_splits(whole, end, state, whole, slot, limit, high)
+                if not decode:
+                    total = jnp.where(limit < 0, 0.0, total)
+                out = finish(_across(total, d.dim), out).astype(o_g.dtype)
+                for c in range(chunks):
+                    q_mma.at[slot, c][...] = out[:, c * _CHUNK : (c + 1) * _CHUNK]
+                plgpu.commit_smem()
+
+                @pl.when(tile < tiles)
+                def _():
+                    for c in range(chunks):
+                        for dst, src in q_copies(o_g, q_in, mine, head, slot, c):
+                            plgpu.copy_smem_to_gmem(src, dst)
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            each_item(item)
+
+        def consume_spread():
+            y_out, y_reg = (y_s, y_s) if interpret else y_s
+
+            def write(row, head, index, state):
+                m, total, out = state
+                pieces = [out[:, c : c + LANES] for c in range(0, d.dim, LANES)]
+                pieces += [_across(m, LANES), _across(total, LANES)]
+                for c, piece in enumerate(pieces):
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    y_reg.at[c % 2][...] = piece
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        y_out.at[c % 2, pl.ds(0, d.rows)],
+                        o_g.at[row, index, c, pl.ds(head * d.part_rows, d.rows)],
+                    )
+
+            def item(count, done, row, head, first, end, high):
+                slot = lax.rem(count, 2)
+                limit = row_limit(row)
+                plgpu.barrier_wait(q_full.at[slot])
+                state = merge_splits(first, end, nothing(), done, slot, limit, high)
+                plgpu.barrier_arrive(q_empty.at[slot])
+                write(row, head, end - 1, state)
+
+            each_item(item)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+        def consume():
+            if s.wgs > 1:
+                plgpu.set_max_registers(240, action="increase")
+            keys_s[...] = plgpu.broadcasted_iota(jnp.int32, (d.tile,), 0, layout=_COLUMN_LAYOUT)
+            plgpu.commit_smem()
+            (consume_spread if spread else consume_walked)()
+
+        lax.cond(wg == s.wgs, produce, consume)
+
+    shape = (ROWS, _CHUNK) if decode else (d.queries, group, _CHUNK)
+    barrier = plgpu.Barrier
+    q_arrivals = s.wgs * chunks * (d.queries if interpret else 1)
+    scratch = dict(
+        q_s=_union(
+            (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
+        ),
+        keys_s=plgpu.SMEM((d.tile,), jnp.int32),
+        kv_s=plgpu.SMEM((slots, d.tile, d.dim), q_g.dtype, transforms=_TILED),
+        full=barrier(num_arrivals=d.tile // window, num_barriers=slots),
+        empty=barrier(num_arrivals=s.wgs, num_barriers=slots),
+        q_full=barrier(num_arrivals=q_arrivals, num_barriers=2 if spread else 1),
+        q_empty=barrier(num_barriers=2),
+    )
+    if spread:
+        scratch["y_s"] = _union((2, ROWS, LANES), (2, ROWS, LANES), jnp.float32, interpret)
+    if interpret:
+        scratch["p_s"] = plgpu.SMEM((s.wgs, ROWS, d.tile), q_g.dtype, transforms=_TILED)
+    pl.run_scoped(scope, **scratch, collective_axes="wg")
