@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jdet.cache import KVCache, write
+from jdet.cache import KVCache
 from jdet.models.config import DecoderConfig
 from jdet.ops import Ops
 
@@ -47,24 +47,23 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float32[Array, "P half"], Float32[Array, "P half"]],
+        rope: tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]],
         positions: Int32[Array, "B T"],
         cache: tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]],
         ops: Ops,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        c = self.config
-        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        qkv = ops.matmul(x, self.qkv[...]).reshape(*x.shape[:2], heads + 2 * kv_heads, c.head_dim)
-        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, _ = ops.rms_norm(q, self.q_norm[...], eps=c.rms_norm_eps)
-            k, _ = ops.rms_norm(k, self.k_norm[...], eps=c.rms_norm_eps)
-        q, k = ops.rope(q, *rope, positions), ops.rope(k, *rope, positions)
         # The cache holds the new entries before attention reads it: one path for all.
-        start = positions[:, 0]
-        k_cache, v_cache = write(cache[0], k, start), write(cache[1], v, start)
+        q, k_cache, v_cache = ops.qkv_heads(
+            ops.matmul(x, self.qkv[...]),
+            None if self.q_norm is None else self.q_norm[...],
+            None if self.k_norm is None else self.k_norm[...],
+            *rope,
+            positions,
+            *cache,
+            eps=self.config.rms_norm_eps,
+        )
         y = ops.attention(q, k_cache, v_cache, positions)
-        y = ops.matmul(y.reshape(*x.shape[:2], heads * c.head_dim), self.out[...], k_sharded=True)
+        y = ops.matmul(y.reshape(*x.shape[:2], -1), self.out[...], k_sharded=True)
         return y, (k_cache, v_cache)
 
 
@@ -95,7 +94,7 @@ class Layer(nnx.Module):
         self,
         branch: Float[Array, "B T D"],
         residual: Float[Array, "B T D"] | None,
-        rope: tuple[Float32[Array, "P half"], Float32[Array, "P half"]],
+        rope: tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]],
         positions: Int32[Array, "B T"],
         cache: tuple[Array, Array],
         ops: Ops,
@@ -140,10 +139,10 @@ class Decoder(nnx.Module):
         """Read T tokens a row at consecutive `positions`; padding, at a row's end, has -1.
 
         Returns the normalised hidden states and the cache with the tokens' keys and values
-        in their slots. The T slots from positions[b, 0] on are written, padding included;
-        no query ever reads a slot behind its own position.
+        in their slots; padding writes nothing.
         """
-        rope = (self.rope_cos[...], self.rope_sin[...])
+        at = jnp.maximum(positions, 0)  # what padding reads is not used
+        rope = (self.rope_cos[...][at], self.rope_sin[...][at])
         branch, residual = ops.embed(tokens, self.embedding[...]), None
         k, v = list(cache.k), list(cache.v)
         for i, layer in enumerate(self.layers):

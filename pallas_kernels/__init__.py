@@ -18,7 +18,16 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-OPS = ("attention", "embed", "log_softmax", "matmul", "rms_norm", "rope", "silu_mul")
+OPS = (
+    "attention",
+    "embed",
+    "log_softmax",
+    "matmul",
+    "qkv_heads",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+)
 IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu")
 
 

@@ -16,12 +16,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jdet.contract import Contract
-from jdet.ops.checks import check_attention, check_matmul, check_rms_norm, check_rope
+from jdet.ops.checks import (
+    check_attention,
+    check_matmul,
+    check_qkv_heads,
+    check_rms_norm,
+    check_rope,
+)
 from jdet.pallas_kernels import OPS, implementation_of
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
     "matmul": ("leaves", "out_dtype"),
+    "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
     "attention": ("scale", "kv_split"),
 }
@@ -120,6 +127,39 @@ class Ops:
         """Rotary embedding from a table (`pallas_kernels.rope.reference`)."""
         check_rope(x, cos, sin)
         return _op("rope", self.implementation)(x, cos, sin, positions)
+
+    def qkv_heads(
+        self,
+        qkv: Float[Array, "B T width"],
+        q_norm: Float[Array, " D"] | None,
+        k_norm: Float[Array, " D"] | None,
+        cos: Float32[Array, "B T half"],
+        sin: Float32[Array, "B T half"],
+        positions: Int32[Array, "B T"],
+        k_cache: Float[Array, "P Hkv S D"],
+        v_cache: Float[Array, "P Hkv S D"],
+        *,
+        eps: float,
+        page_table: Int32[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "P Hkv S D"], Float[Array, "P Hkv S D"]]:
+        """(q, k_cache, v_cache): the heads of a fused projection, normalised and rotated.
+
+        Keys and values go to the slots of their positions, padding (-1) nowhere
+        (`pallas_kernels.qkv_heads.reference`).
+        """
+        check_qkv_heads(qkv, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, page_table)
+        return _op("qkv_heads", self.implementation)(
+            qkv,
+            q_norm,
+            k_norm,
+            cos,
+            sin,
+            positions,
+            k_cache,
+            v_cache,
+            eps=eps,
+            page_table=page_table,
+        )
 
     def attention(
         self,

@@ -33,6 +33,46 @@ def check_rope(x: Array, cos: Array, sin: Array) -> None:
         raise ValueError(f"rope: x {x.shape}, cos {cos.shape}, sin {sin.shape}")
 
 
+def check_qkv_heads(
+    qkv: Array,
+    q_norm: Array | None,
+    k_norm: Array | None,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    k: Array,
+    v: Array,
+    page_table: Array | None,
+) -> None:
+    """Raise ValueError unless the projection, the norms, the angles and the caches fit."""
+    rows = qkv.shape[:2]
+    _, kv_heads, _, dim = k.shape
+    if k.shape != v.shape or not qkv.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"qkv_heads: k_cache {k.shape} {k.dtype}, v_cache {v.shape} {v.dtype};"
+            f" must be alike, and of qkv's {qkv.dtype}"
+        )
+    heads, rest = divmod(qkv.shape[2], dim)
+    if rest or heads <= 2 * kv_heads:
+        raise ValueError(
+            f"qkv_heads: qkv {qkv.shape} and k_cache {k.shape}; qkv must hold query heads of {dim},"
+            f" then {kv_heads} of keys and {kv_heads} of values"
+        )
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None and weight.shape != (dim,):
+            raise ValueError(f"qkv_heads: {name} {weight.shape}; must be {(dim,)}")
+    if dim % 2 or not cos.shape == sin.shape == (*rows, dim // 2):
+        raise ValueError(
+            f"qkv_heads: cos {cos.shape}, sin {sin.shape}; must be {(*rows, dim // 2)}"
+        )
+    if positions.shape != rows:
+        raise ValueError(f"qkv_heads: positions {positions.shape}; must be {rows}")
+    if page_table is None and k.shape[0] != rows[0]:
+        raise ValueError(f"qkv_heads: a cache of {k.shape[0]} rows for {rows[0]} rows of qkv")
+    if page_table is not None and page_table.shape[0] != rows[0]:
+        raise ValueError(f"qkv_heads: page_table {page_table.shape} for {rows[0]} rows of qkv")
+
+
 def check_attention(
     q: Array, k: Array, v: Array, positions: Array, kv_split: int, page_table: Array | None = None
 ) -> None:

@@ -33,6 +33,43 @@ WRONG_ROPE = {
     "table of the whole head": ((zeros(1, 1, 1, 8), zeros(9, 8), zeros(9, 8)), r"cos \(9, 8\)"),
     "sine of another table": ((zeros(1, 1, 1, 8), zeros(9, 4), zeros(8, 4)), r"sin \(8, 4\)"),
 }
+HEADS = {
+    "qkv": zeros(2, 3, 8 * 8),
+    "q_norm": zeros(8),
+    "k_norm": None,
+    "cos": zeros(2, 3, 4),
+    "sin": zeros(2, 3, 4),
+    "positions": zeros(2, 3, dtype=jnp.int32),
+    "k": zeros(2, 2, 32, 8),
+    "v": zeros(2, 2, 32, 8),
+    "page_table": None,
+}
+
+
+def heads(**other):
+    """The arguments of check_qkv_heads, some replaced."""
+    return tuple({**HEADS, **other}.values())
+
+
+PAGES = {"k": zeros(9, 2, 16, 8), "v": zeros(9, 2, 16, 8)}
+WRONG_QKV_HEADS = {
+    "values of another length": (heads(v=zeros(2, 2, 16, 8)), r"v_cache \(2, 2, 16, 8\)"),
+    "cache of another dtype": (
+        heads(k=HEADS["k"].astype(BFLOAT16), v=HEADS["v"].astype(BFLOAT16)),
+        "bfloat16.*qkv's float32",
+    ),
+    "no query heads": (heads(qkv=zeros(2, 3, 4 * 8)), r"qkv \(2, 3, 32\).* 2 of keys"),
+    "part of a head": (heads(qkv=zeros(2, 3, 60)), r"qkv \(2, 3, 60\).* query heads of 8"),
+    "norm": (heads(k_norm=zeros(4)), r"k_norm \(4,\); must be \(8,\)"),
+    "table of the whole head": (heads(cos=zeros(2, 3, 8)), r"cos \(2, 3, 8\).*\(2, 3, 4\)"),
+    "angles of a table": (heads(sin=zeros(9, 4)), r"sin \(9, 4\); must be \(2, 3, 4\)"),
+    "positions": (heads(positions=zeros(2, 2)), r"positions \(2, 2\); must be \(2, 3\)"),
+    "other batch": (heads(**PAGES), "a cache of 9 rows for 2 rows"),
+    "pages of another batch": (
+        heads(**PAGES, page_table=zeros(3, 4)),
+        r"page_table \(3, 4\) for 2 rows",
+    ),
+}
 Q, KV, AT = zeros(2, 3, 4, 8), zeros(2, 2, 32, 8), zeros(2, 3, dtype=jnp.int32)
 PAGES = zeros(5, 2, 16, 8)
 WRONG_ATTENTION = {
@@ -57,6 +94,7 @@ WRONG_ATTENTION = {
             "matmul": WRONG_MATMUL,
             "rms_norm": WRONG_RMS_NORM,
             "rope": WRONG_ROPE,
+            "qkv_heads": WRONG_QKV_HEADS,
             "attention": WRONG_ATTENTION,
         }.items()
         for name, case in cases.items()
@@ -71,6 +109,8 @@ def test_checks_let_pass_what_fits():
     checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
+    checks.check_qkv_heads(*heads())
+    checks.check_qkv_heads(*heads(**PAGES, page_table=zeros(2, 4)))
     checks.check_attention(Q, KV, KV, AT, 16)
     checks.check_attention(Q, PAGES, PAGES, AT, 32, zeros(2, 3, dtype=jnp.int32))
 
@@ -84,6 +124,8 @@ def test_ops_check_before_they_compute():
         ops.rms_norm(zeros(5, 8), zeros(8), eps=1e-5, residual=zeros(5, 8, dtype=BFLOAT16))
     with pytest.raises(ValueError, match="^rope: "):
         ops.rope(zeros(1, 1, 1, 7), zeros(9, 3), zeros(9, 3), zeros(1, 1, dtype=jnp.int32))
+    with pytest.raises(ValueError, match="^qkv_heads: "):
+        ops.qkv_heads(*heads(qkv=zeros(2, 3, 60))[:-1], eps=1e-5)
     with pytest.raises(ValueError, match="^attention: "):
         ops.attention(Q, KV[:, :, :24], KV[:, :, :24], AT)
 

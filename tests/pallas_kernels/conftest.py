@@ -22,6 +22,7 @@ FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
 
 _STATIC = {
     "matmul": ("leaves", "out_dtype"),
+    "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
     "attention": ("scale", "kv_split"),
 }

@@ -1,0 +1,1 @@
+"""From the fused projection to attention's inputs: heads, their norms, RoPE, the cache write."""
