@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jdet.cache import KVCache
 from jdet.compiler import jit
-from jdet.decoding import Decoder, round_up
+from jdet.decoding import Decoder, Group, round_up
 from jdet.ops import Ops
 from jdet.sampling import MAX_TOP_LOGPROBS, Asks, SamplingArrays, sample
 from jdet.scoring import LOGIT_ROWS
@@ -75,34 +75,10 @@ class PromptLogprobs(NamedTuple):
     top: TopTokens
 
 
-def _positions(rows: Rows, width: int) -> Int32[Array, "B T"]:
-    at = jnp.arange(width, dtype=jnp.int32)
-    return jnp.where(at < rows.length[:, None], rows.start[:, None] + at, -1)
-
-
-def _run_group(
-    decoder: Decoder, cache: KVCache, tokens: Array, rows: Rows, ops: Ops
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    positions = _positions(rows, tokens.shape[1])
-    pages, heads, size, dim = cache.k[0].shape
-    table = rows.page_table
-    length = round_up(table.shape[1] * size + tokens.shape[1], ops.contract.kv_split)
-
-    def gather(side: Array) -> Array:
-        own = side[table].transpose(0, 2, 1, 3, 4)
-        own = own.reshape(table.shape[0], heads, table.shape[1] * size, dim)
-        return jnp.pad(own, ((0, 0), (0, 0), (0, length - own.shape[2]), (0, 0)))
-
-    own = KVCache(tuple(map(gather, cache.k)), tuple(map(gather, cache.v)))
-    hidden, own = decoder(tokens, positions, own, ops)
-    row = jnp.arange(table.shape[0])[:, None]
-    at = jnp.maximum(positions, 0)
-    page = jnp.where(positions >= 0, table[row, at // size], pages)
-
-    def scatter(side: Array, new: Array) -> Array:
-        return side.at[page, :, at % size].set(new[row, :, at], mode="drop")
-
-    return hidden, KVCache(tuple(map(scatter, cache.k, own.k)), tuple(map(scatter, cache.v, own.v)))
+def _group(rows: Rows, tokens: Int32[Array, "B T"]) -> Group:
+    at = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.where(at < rows.length[:, None], rows.start[:, None] + at, -1)
+    return Group(tokens, positions, jnp.asarray(rows.page_table))
 
 
 def read(
@@ -119,16 +95,18 @@ def read(
 
     The rows' are padded to `height`, so that `choose` does not see the step's shape.
     """
-    ends, hidden = [], None
+    groups, hidden = [], None
     if chunks is not None:
-        tokens = jnp.asarray(chunks.tokens)
-        hidden, cache = _run_group(decoder, cache, tokens, chunks.rows, ops)
+        groups.append(_group(chunks.rows, jnp.asarray(chunks.tokens)))
+    if decodes is not None:
+        groups.append(_group(decodes, last_token[decodes.slot][:, None]))
+    states, cache = decoder(tuple(groups), cache, ops)
+    ends = []
+    if chunks is not None:
+        hidden, *states = states
         last = jnp.maximum(chunks.rows.length - 1, 0)[:, None, None]
         ends.append(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    if decodes is not None:
-        tokens = last_token[decodes.slot][:, None]
-        own, cache = _run_group(decoder, cache, tokens, decodes, ops)
-        ends.append(own[:, 0])
+    ends += [state[:, 0] for state in states]
     rows = jnp.concatenate(ends)
     return cache, jnp.pad(rows, ((0, height - rows.shape[0]), (0, 0))), hidden
 
