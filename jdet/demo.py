@@ -153,7 +153,7 @@ def run_experiment(
     )
     if sum(len(b.request_rows) for b in batches) < 2:
         raise ValueError(f"batches={list(sizes)} give one completion; at least two can differ")
-    modes = {"xla": "xla", "jdet": default_implementation()}
+    modes = {"xla": "xla", "jdet": default_implementation(dtype=model.decoder.dtype)}
     shapes = dict.fromkeys(b.shape for b in batches)
     rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {mode: [] for mode in modes}
     compiled, compile_seconds = {}, {}

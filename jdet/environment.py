@@ -78,7 +78,9 @@ def describe() -> dict[str, Any]:
         implementation = None
         notes.append(str(error))
     if where["platform"] in ("gpu", "cuda") and implementation == "portable":
-        notes.append("no GPU kernels cover every op yet: `portable` (jnp) is used on this card")
+        notes.append("the GPU kernels are for Hopper cards: `portable` (jnp) is used on this one")
+    if implementation == "mosaic_gpu":
+        notes.append("float32 models use `portable` (jnp): the GPU kernels take 16-bit operands")
     contract = Contract()
     return {
         "versions": versions(),

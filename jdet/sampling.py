@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
 from jdet.pallas_kernels.trees import exp, tree_sum
 from jdet.rng import MAX_SEED, gumbel
 
@@ -274,9 +275,9 @@ def _truncated(s: SamplingArrays) -> Bool[Array, " B"]:
     return (s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
 
 
-def _where_asked(
-    asked: bool | Bool[Array, ""], run: Callable[[], Array], skip: Callable[[], Array]
-) -> Array:
+def _where_asked[T](
+    asked: bool | Bool[Array, ""], run: Callable[[], T], skip: Callable[[], T]
+) -> T:
     if isinstance(asked, bool):
         return run() if asked else skip()
     return lax.cond(asked, run, skip)
@@ -284,11 +285,15 @@ def _where_asked(
 
 def sample(
     logits: Float32[Array, "B V"],
+    normalizer: LogNormalizer,
     s: SamplingArrays,
     position: Int32[Array, " B"],
     asks: Asks | None = None,
 ) -> Int32[Array, " B"]:
     """The next token of each row; `position` counts the row's own completion from 0.
+
+    `normalizer` is that of the logits: its argmax is the token of temperature 0
+    where nothing is biased.
 
     temperature > 0 takes the maximum of logits / temperature + Gumbel noise over the tokens
     that min_p, top_k and top_p leave (Gumbel-max trick); noise is that of `rng.gumbel`, by
@@ -297,13 +302,19 @@ def sample(
     for more than the rows do.
     """
     asks = asks_of(s, position) if asks is None else asks
-    logits = _where_asked(asks.adjustment, lambda: _adjusted(logits, s, position), lambda: logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def adjusted() -> tuple[Array, Array, Array]:
+        x = _adjusted(logits, s, position)
+        return x, x.max(axis=-1), jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+    logits, maximum, greedy = _where_asked(
+        asks.adjustment, adjusted, lambda: (logits, normalizer.maximum, normalizer.argmax)
+    )
 
     def draw() -> Int32[Array, " B"]:
         hot = s.temperature > 0
         # From the row's maximum down, so that a low temperature makes no infinity of it.
-        below = logits - logits.max(axis=-1, keepdims=True)
+        below = logits - maximum[:, None]
         scaled = below / jnp.where(hot, s.temperature, 1)[:, None]
         keep = _where_asked(
             asks.truncation,

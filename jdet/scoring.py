@@ -40,8 +40,9 @@ def score_tokens(
 
     def some_rows(args: tuple[Array, Array]) -> Float32[Array, " rows"]:
         x, wanted = args
-        logprobs = ops.log_softmax(decoder.logits(x, ops))
-        return jnp.take_along_axis(logprobs, wanted[:, None], axis=-1)[:, 0]
+        logits = decoder.logits(x, ops)
+        logit = jnp.take_along_axis(logits, wanted[:, None], axis=-1)
+        return ops.log_normalizer(logits).log_probs(logit)[:, 0]
 
     scores = lax.map(some_rows, (rows, targets)).reshape(-1)[:count]
     return jnp.pad(scores.reshape(batch, length - 1), ((0, 0), (1, 0)))

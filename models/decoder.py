@@ -102,7 +102,7 @@ class MLP(nnx.Module):
         self.down = _weight(rngs, (hidden, inner), dtype)
 
     def __call__(self, x: Float[Array, "R D"], ops: Ops) -> Float[Array, "R D"]:
-        inner = ops.silu_mul(ops.matmul(x, self.gate_up[...]))
+        inner = ops.gated_matmul(x, self.gate_up[...])
         return ops.matmul(inner, self.down[...], k_sharded=True)
 
 

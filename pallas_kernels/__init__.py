@@ -10,7 +10,8 @@ Implementations:
 - `portable`: jnp on any backend, invariant; the CPU default;
 - `xla`: plain XLA, **not** invariant: negative control and speed baseline;
 - `mosaic_gpu`: Pallas Mosaic GPU kernels, invariant;
-- `mosaic_tpu`: Pallas TPU kernels, invariant.
+- `mosaic_tpu`: Pallas TPU kernels, invariant;
+- `jax_triton`: Triton kernels (matmul alone so far), invariant; needs the extra `triton`.
 """
 
 import importlib
@@ -21,14 +22,15 @@ from typing import Any
 OPS = (
     "attention",
     "embed",
-    "log_softmax",
+    "gated_matmul",
+    "log_normalizer",
     "matmul",
     "qkv_heads",
     "rms_norm",
     "rope",
     "silu_mul",
 )
-IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu")
+IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu", "jax_triton")
 
 
 def available(op: str) -> tuple[str, ...]:

@@ -12,12 +12,18 @@ Section matmul, on fixed inputs (normal, from a seed):
 - oracle: distance to a float64 product; float32 results within 1e-5.
 - control: plain XLA over the same M must show more than one bit pattern in row 0.
 
+Section gated_matmul does the same, w being gate and up. Its reference is made of two kernels:
+the matmul under its reference schedule, and the gate's instructions on what that returns. And:
+
+- formula: the gate alone, in float32, against float64: relative error at most 5 * 2**-23.
+
 It reports every mismatch and exits with 1 if there is one. Work is spread over processes,
 because the time goes to compiling one program per M. `sha256` in the JSON hashes the results on
 the fixed inputs: equal hashes on another card or jax version mean that no bit moved.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -35,6 +41,8 @@ SOME_M = (1, 9, 17, 65, 129, 257, 1000, TOP)
 REAL_M = (1, 2, 7, 8, 9, 16, 31, 32, 64, 65, 128, 129, 256, 257, 512, 1000, TOP)
 RAGGED = (1000, 1088)  # N no multiple of a tile; K / leaves ends in a tail for 2 and 8 leaves
 TAIL = (1000, 1032)  # K tail of 8 without leaves
+GATED_TAIL = (2000, 1032)  # half of N no multiple of a tile either
+GATED_M = (1, 7, 8, 9, 17, 63, 64, 65, 129, 257, 1000, TOP)
 SMOLLM2 = ((576, 576), (960, 576), (1536, 576), (576, 1536), (3072, 576), (49152, 576))
 QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
 _CACHE = {}
@@ -66,20 +74,58 @@ def _bits(y):
     return lax.bitcast_convert_type(y, jnp.uint16 if y.dtype.itemsize == 2 else jnp.uint32)
 
 
-def _reference(n, k, dtype, leaves, out, bias):
+def _op(job, schedule):
+    """The job's op as a function of x, w and bias."""
+    from jdet.pallas_kernels.gated_matmul import mosaic_gpu as gated
+    from jdet.pallas_kernels.matmul import mosaic_gpu
+
+    if job["op"] == "gated_matmul":
+        return lambda x, w, b: gated.gated_matmul(x, w, schedule=schedule)
+    fixed = {"leaves": job["leaves"], "out_dtype": job["out"], "schedule": schedule}
+    return lambda x, w, b: mosaic_gpu.matmul(x, w, bias=b, **fixed)
+
+
+def _gate(g, u):
+    """The gate of gated_matmul by itself: its instructions in a kernel of their own."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jdet.pallas_kernels.gated_matmul.mosaic_gpu import silu_mul
+
+    layout = plgpu.Layout.WG_STRIDED((4096,), 2)
+
+    def kernel(g_g, u_g, y_g):
+        at = jax.lax.axis_index("tile")
+        g, u = (plgpu.load(v.at[at], layout=layout, optimized=False) for v in (g_g, u_g))
+        y_g[at] = silu_mul(g, u, layout, False)
+
+    tiles = [jnp.pad(v.reshape(-1), (0, -v.size % 4096)).reshape(-1, 4096) for v in (g, u)]
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(tiles[0].shape, g.dtype),
+        grid=(tiles[0].shape[0],),
+        grid_names=("tile",),
+    )
+    return call(*tiles).reshape(-1)[: g.size].reshape(g.shape)
+
+
+def _reference(job):
     """The batch of TOP rows under the reference schedule, and its hash."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from jdet.pallas_kernels.matmul import mosaic_gpu
 
+    n, k, dtype = job["n"], job["k"], job["dtype"]
     x, w, b = _inputs(n, k, dtype)
-    key = ("reference", n, k, dtype, leaves, out, bias)
+    key = ("reference", *(job[name] for name in ("op", "n", "k", "dtype", "leaves", "out", "bias")))
     if key not in _CACHE:
-        first = mosaic_gpu.schedules(TOP, n, k, dtype, leaves)[0]
-        y = mosaic_gpu.matmul(
-            x, w, bias=b if bias else None, leaves=leaves, out_dtype=out, schedule=first
-        )
+        first = mosaic_gpu.schedules(TOP, n, k, dtype, job["leaves"])[0]
+        y = _op({**job, "op": "matmul"}, first)(x, w, b if job["bias"] else None)
+        if job["op"] == "gated_matmul":
+            y = jax.jit(lambda y: _gate(*jnp.split(y, 2, axis=1)))(y)
         digest = hashlib.sha256(np.asarray(jax.jit(_bits)(y)).tobytes()).hexdigest()
         _CACHE[key] = (y, digest)
     return _CACHE[key]
@@ -91,30 +137,20 @@ def run_job(job):
     import jax.numpy as jnp
     import numpy as np
 
-    from jdet.pallas_kernels.matmul import mosaic_gpu
-
     start = time.perf_counter()
-    n, k, dtype = job["n"], job["k"], job["dtype"]
     wrong, done = [], 0
     result = {**job, "schedule": str(job.get("schedule")), "wrong": wrong}
     try:
-        x, w, b = _inputs(n, k, dtype)
-        ref, result["sha256"] = _reference(n, k, dtype, job["leaves"], job["out"], job["bias"])
+        x, w, b = _inputs(job["n"], job["k"], job["dtype"])
+        ref, result["sha256"] = _reference(job)
+        op = _op(job, job.get("schedule"))
         host, nan = np.asarray(x), jnp.full_like(w, jnp.nan)
         nans = np.full_like(host, np.nan)
         for m in job["ms"]:
 
             @jax.jit
             def rows_that_differ(x, w, b, ref, m=m):
-                y = mosaic_gpu.matmul(
-                    x,
-                    w,
-                    bias=b,
-                    leaves=job["leaves"],
-                    out_dtype=job["out"],
-                    schedule=job.get("schedule"),
-                )
-                return jnp.sum(jnp.any(_bits(y) != _bits(ref[:m]), axis=1))
+                return jnp.sum(jnp.any(_bits(op(x, w, b)) != _bits(ref[:m]), axis=1))
 
             xs, bs = jax.device_put(host[:m]), b if job["bias"] else None
             jax.block_until_ready(rows_that_differ(jax.device_put(nans[:m]), nan, bs, ref))
@@ -132,28 +168,58 @@ def run_oracle(job):
     """Relative distance of a few rows to the float64 product."""
     import numpy as np
 
-    n, k, dtype = job["n"], job["k"], job["dtype"]
-    x, w, b = _inputs(n, k, dtype)
-    ref, digest = _reference(n, k, dtype, job["leaves"], job["out"], job["bias"])
+    x, w, b = _inputs(job["n"], job["k"], job["dtype"])
+    ref, digest = _reference(job)
     x, w, b, y = (np.asarray(v, np.float64) for v in (x[:64], w, b, ref[:64]))
     want = x @ w.T + (b if job["bias"] else 0)
+    if job["op"] == "gated_matmul":
+        gate, up = np.split(want, 2, axis=1)
+        want = gate / (1 + np.exp(-gate)) * up
     error = float(np.linalg.norm(y - want) / np.linalg.norm(want))
     bound = {"float32": 1e-5, "float16": 1e-3}.get(job["out"], 5e-3)
     wrong = [] if error < bound else [[64, 64, f"relative error {error:.2e} over {bound:.0e}"]]
     return {**job, "error": error, "calls": 1, "sha256": digest, "wrong": wrong, "seconds": 0.0}
 
 
+def run_formula(job):
+    """The largest relative error of the gate in 2**-23: bfloat16 gates, and random ones."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    start = time.perf_counter()
+    patterns = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    gates = np.concatenate([patterns, np.random.default_rng(0).uniform(-87, 87, 1 << 22)])
+    gates = gates[(abs(gates) > 1e-37) & (gates > -87) & (gates < 1e38)].astype(np.float32)
+    y = np.asarray(jax.jit(_gate)(jnp.asarray(gates), jnp.ones(gates.shape, jnp.float32)))
+    exact = gates.astype(np.float64)
+    exact = exact / (1 + np.exp(-exact))
+    error = abs(y / exact - 1) * 2**23
+    worst = int(error.argmax())
+    wrong = [] if error[worst] <= 5 else [[0, 0, f"{error[worst]:.2f} * 2**-23 at {gates[worst]}"]]
+    return {
+        **job,
+        "negative": float(error[gates < 0].max()),
+        "positive": float(error[gates > 0].max()),
+        "at": float(gates[worst]),
+        "calls": 1,
+        "wrong": wrong,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
 def run_control(job):
     """The number of bit patterns of row 0 under plain XLA."""
     import jax
     import numpy as np
-    from jax import lax
+
+    from jdet.pallas_kernels import implementation_of
 
     start = time.perf_counter()
     x, w, _ = _inputs(job["n"], job["k"], job["dtype"])
-    groups = {}
+    f, groups = jax.jit(implementation_of(job["op"], "xla")), {}
     for m in job["ms"]:
-        y = jax.jit(lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ()))))(x[:m], w)
+        y = f(x[:m], w)
         groups.setdefault(np.asarray(y[0]).tobytes(), []).append(m)
     wrong = [] if len(groups) > 1 else [[0, 0, "plain XLA showed one bit pattern only"]]
     return {
@@ -166,7 +232,7 @@ def run_control(job):
 
 
 def dispatch(job):
-    kinds = {"oracle": run_oracle, "control": run_control}
+    kinds = {"oracle": run_oracle, "control": run_control, "formula": run_formula}
     return kinds.get(job["check"], run_job)(job)
 
 
@@ -176,25 +242,31 @@ def describe(_):
     return timing.environment()
 
 
+def _job(op, check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=False, **rest):
+    return {
+        "op": op,
+        "check": check,
+        "n": nk[0],
+        "k": nk[1],
+        "ms": tuple(ms),
+        "leaves": leaves,
+        "dtype": dtype,
+        "out": out,
+        "bias": bias,
+        **rest,
+    }
+
+
+def _longest_first(jobs):
+    """So that no process is left with a long one at the end."""
+    return sorted(jobs, key=lambda j: -(j["n"] * j["k"] + 10**7 * len(j["ms"])))
+
+
 def matmul_jobs(quick):
     """Every case of the section."""
     from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
 
-    def job(check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=False, **rest):
-        return {
-            "op": "matmul",
-            "check": check,
-            "n": nk[0],
-            "k": nk[1],
-            "ms": tuple(ms),
-            "leaves": leaves,
-            "dtype": dtype,
-            "out": out,
-            "bias": bias,
-            **rest,
-        }
-
-    jobs = []
+    job, jobs = functools.partial(_job, "matmul"), []
     for leaves, nk in ((1, TAIL), (2, RAGGED), (8, RAGGED)):
         for out in ("float32", "bfloat16"):
             jobs.append(job("oracle", nk, (), leaves, out=out))
@@ -215,11 +287,30 @@ def matmul_jobs(quick):
             for nk in ((576, 576), (960, 960), (576, 1536), (4096, 4096), (4096, 12288)):
                 jobs.append(job("default", nk, SOME_M, leaves))
     jobs.append(job("control", (4096, 4096), EVERY_M if not quick else REAL_M))
-    # The longest first, so that no process is left with one at the end.
-    return sorted(jobs, key=lambda j: -(j["n"] * j["k"] + 10**7 * len(j["ms"])))
+    return _longest_first(jobs)
 
 
-SECTIONS = {"matmul": matmul_jobs}
+def gated_matmul_jobs(quick):
+    """Every case of the section; N counts the rows of w, gate and up."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    job = functools.partial(_job, "gated_matmul")
+    jobs = [job("formula", (0, 0), ()), job("oracle", GATED_TAIL, ())]
+    for s in schedules(TOP, *GATED_TAIL, "bfloat16", out_size=2, gated=True):
+        jobs.append(job("schedules", GATED_TAIL, SOME_M if quick else GATED_M, schedule=s))
+        if not quick:
+            jobs.append(job("schedules", (8192, 4096), (17, 1000), schedule=s))
+    if not quick:
+        jobs.append(job("oracle", GATED_TAIL, (), dtype="float16", out="float16"))
+        jobs.append(job("default", GATED_TAIL, SOME_M, dtype="float16", out="float16"))
+        jobs.append(job("default", (1994, 1032), SOME_M))
+        for nk in ((3072, 576), (6144, 1024), (24576, 4096)):
+            jobs.append(job("default", nk, REAL_M))
+    jobs.append(job("control", (8192, 4096), SOME_M))
+    return _longest_first(jobs)
+
+
+SECTIONS = {"matmul": matmul_jobs, "gated_matmul": gated_matmul_jobs}
 
 
 def main():
@@ -260,6 +351,9 @@ def main():
                 failures.append([name, "", TOP, TOP, "two processes hash differently"])
         if r["check"] == "oracle":
             print(f"{label}: relative error {r['error']:.2e}")
+        if r["check"] == "formula":
+            worst = {name: round(r[name], 2) for name in ("negative", "positive", "at")}
+            print(f"{r['op']} formula: largest relative error in 2**-23 {worst}")
         if r["check"] == "control":
             print(f"{label}: plain XLA {len(r['patterns'])} patterns {r['patterns']}")
     if len(rows) < len(jobs):

@@ -1,5 +1,6 @@
 """What holds for every test: strict promotion, 32 bits, checked shapes, fixed examples."""
 
+import importlib.util
 import pathlib
 
 import hypothesis
@@ -21,3 +22,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples in every run, and no limit on one that waits for a compile.
 hypothesis.settings.register_profile("jdet", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("jdet")
+
+# Where jax's CUDA plugin is not installed, nothing can be compiled for a GPU.
+collect_ignore = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["gpu_compile"]

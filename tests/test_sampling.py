@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from jdet.compiler import jit
+from jdet.ops import Ops
 from jdet.rng import MAX_SEED, gumbel
 from jdet.sampling import SamplingParams, sample, sampling_arrays
 
 VOCABULARY = 300
-draw = jit(sample)
+draw = jit(lambda logits, s, at: sample(logits, Ops().log_normalizer(logits), s, at))
 noise = jit(functools.partial(gumbel, vocab_size=VOCABULARY))
 
 

@@ -22,6 +22,7 @@ from jdet.cache import KVCache
 from jdet.compiler import jit
 from jdet.decoding import Decoder, Group, round_up
 from jdet.ops import Ops
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
 from jdet.sampling import MAX_TOP_LOGPROBS, Asks, SamplingArrays, sample
 from jdet.scoring import LOGIT_ROWS
 
@@ -111,10 +112,10 @@ def read(
     return cache, jnp.pad(rows, ((0, height - rows.shape[0]), (0, 0))), hidden
 
 
-def _top(logits: Float32[Array, "R V"], logprobs: Float32[Array, "R V"]) -> TopTokens:
+def _top(logits: Float32[Array, "R V"], normalizer: LogNormalizer) -> TopTokens:
     # By logits: two of them may round to one log-prob.
-    _, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    return TopTokens(ids, jnp.take_along_axis(logprobs, ids, axis=-1))
+    values, ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    return TopTokens(ids, normalizer.log_probs(values))
 
 
 def choose(
@@ -130,11 +131,12 @@ def choose(
 ) -> tuple[Int32[Array, " slots"], Chosen]:
     """The next tokens, also put into their slots; `sampling` has a row for each slot."""
     logits = decoder.logits(ends[emits.row], ops)
-    logprobs = ops.log_softmax(logits)
+    normalizer = ops.log_normalizer(logits)
     own = jax.tree.map(lambda x: x[emits.slot], sampling)
-    token = sample(logits, own, jnp.asarray(emits.count), asks)
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    chosen = Chosen(token, logprob, _top(logits, logprobs) if top else None)
+    token = sample(logits, normalizer, own, jnp.asarray(emits.count), asks)
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    logprob = normalizer.log_probs(logit)[:, 0]
+    chosen = Chosen(token, logprob, _top(logits, normalizer) if top else None)
     return last_token.at[emits.slot].set(token), chosen
 
 
@@ -154,9 +156,9 @@ def report(
     def some_rows(args: tuple[Array, Array]) -> PromptLogprobs:
         x, target = args
         logits = decoder.logits(x, ops)
-        logprobs = ops.log_softmax(logits)
-        own = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
-        return PromptLogprobs(own, _top(logits, logprobs))
+        normalizer = ops.log_normalizer(logits)
+        logit = jnp.take_along_axis(logits, target[:, None], axis=-1)
+        return PromptLogprobs(normalizer.log_probs(logit)[:, 0], _top(logits, normalizer))
 
     tiles = rows.reshape(-1, LOGIT_ROWS, rows.shape[-1]), wanted.reshape(-1, LOGIT_ROWS)
     return jax.tree.map(

@@ -18,12 +18,14 @@ from jaxtyping import Array, Float, Float32, Int32
 from jdet.contract import Contract
 from jdet.ops.checks import (
     check_attention,
+    check_gated_matmul,
     check_matmul,
     check_qkv_heads,
     check_rms_norm,
     check_rope,
 )
 from jdet.pallas_kernels import OPS, implementation_of
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
@@ -39,18 +41,25 @@ def _op(name: str, implementation: str) -> Callable[..., Any]:
     return jax.jit(implementation_of(name, implementation), static_argnames=_STATIC.get(name, ()))
 
 
-def default_implementation(platform: str | None = None) -> str:
-    """The invariant implementation for `platform` (the default backend).
+# Compute capability of the cards that the Mosaic GPU kernels are made for and proven on.
+_HOPPER = "9.0"
 
-    `portable` everywhere, until an accelerator's kernels cover every op and whole models on
-    them are proven.
+
+def default_implementation(device: Any = None, dtype: DTypeLike = jnp.bfloat16) -> str:
+    """The invariant implementation for `device` (the default one) and a model's dtype.
+
+    `mosaic_gpu` for 16-bit models on Hopper cards (H100, H200); `portable` elsewhere.
+
+    Raises:
+      NotImplementedError: on a TPU.
     """
-    platform = platform or jax.default_backend()
-    if platform == "tpu":
+    device = device or jax.devices()[0]
+    if device.platform == "tpu":
         raise NotImplementedError(
             "no TPU kernel exists yet; pass implementation='portable' to use plain jnp there"
         )
-    return "portable"
+    hopper = device.platform == "gpu" and device.compute_capability == _HOPPER
+    return "mosaic_gpu" if hopper and jnp.dtype(dtype).itemsize == 2 else "portable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +113,18 @@ class Ops:
             x.reshape(-1, x.shape[-1]), w, bias=bias, leaves=leaves, out_dtype=out_dtype
         )
         return y.reshape(*x.shape[:-1], w.shape[0])
+
+    def gated_matmul(
+        self, x: Float[Array, "*rows K"], w: Float[Array, "two_f K"]
+    ) -> Float[Array, "*rows f"]:
+        """silu(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
+
+        Both products are `matmul`'s, rounded to x's dtype before the gate
+        (`pallas_kernels.gated_matmul.reference`).
+        """
+        check_gated_matmul(x, w)
+        y = _op("gated_matmul", self.implementation)(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(*x.shape[:-1], w.shape[0] // 2)
 
     def rms_norm(
         self,
@@ -192,6 +213,11 @@ class Ops:
         """silu(gate) * up of the two halves of the last axis."""
         return _op("silu_mul", self.implementation)(gate_up)
 
+    def log_normalizer(self, logits: Float[Array, "*rows V"]) -> LogNormalizer:
+        """What turns logits into log-probabilities, in float32, and the argmax of each row."""
+        return _op("log_normalizer", self.implementation)(logits.astype(jnp.float32))
+
     def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
-        """Log-probabilities over the vocabulary, in float32."""
-        return _op("log_softmax", self.implementation)(logits.astype(jnp.float32))
+        """Log-probabilities over the whole vocabulary, in float32."""
+        logits = logits.astype(jnp.float32)
+        return self.log_normalizer(logits).log_probs(logits)

@@ -17,6 +17,16 @@ def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
         raise ValueError(f"matmul: K={w.shape[1]} cannot be cut into {leaves} equal leaves")
 
 
+def check_gated_matmul(x: Array, w: Array) -> None:
+    """Raise ValueError unless x[..., K] and w[2 F, K] fit."""
+    if w.ndim != 2 or x.shape[-1] != w.shape[1] or w.shape[0] % 2:
+        raise ValueError(
+            f"gated_matmul: x {x.shape} and w {w.shape}; w must be [2 F, K={x.shape[-1]}]"
+        )
+    if x.dtype != w.dtype:
+        raise ValueError(f"gated_matmul: x is {x.dtype} and w is {w.dtype}; they must be the same")
+
+
 def check_rms_norm(x: Array, weight: Array, residual: Array | None) -> None:
     """Raise ValueError unless weight is x's last axis and residual is shaped as x."""
     if weight.shape != x.shape[-1:]:

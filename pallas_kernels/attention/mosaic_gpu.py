@@ -42,7 +42,7 @@ Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and
 (walked by 2), 5 slots, 2 x 16 KiB of queries and 16 KiB of results on their way out (spread),
 under 227 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5 for 32 columns. Registers of a consumer
 thread: 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim
-128 ptxas stores 16 to 19 words a thread to local memory (spread), 30 (spread, prefill) or 90
+128 ptxas stores 17 to 19 words a thread to local memory (spread), 26 (spread, prefill) or 90
 (walked by 2); at 64 none, or 1 (walked by 2). Pages of 16 add 22 in walked by 2, in the producer.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.attention.mosaic_gpu_merge import LANES, exact, fill, finish, merge
+from jdet.pallas_kernels.attention.mosaic_gpu_merge import LANES, fill, finish, merge
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
     Schedule,
@@ -27,6 +27,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     walk_block,
     walk_share,
 )
+from jdet.pallas_kernels.exact import exact
 
 _CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
 _PRODUCER_REGISTERS = 24

@@ -21,6 +21,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     share_of,
     splits_of,
 )
+from jdet.pallas_kernels.exact import exact
 
 LANES = 32  # 32-bit elements in one 128-byte row
 RING = 4  # groups of splits on their way into the fold
@@ -28,25 +29,6 @@ RING = 4  # groups of splits on their way into the fold
 
 def fill(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def exact(instruction: str, layout: Any, interpret: bool, x: Any, *others: Any) -> jax.Array:
-    """An instruction that no compiler may fuse with another; `others` are arrays or floats."""
-    if interpret:
-        return x * others[0] if instruction == "mul.rn.f32" else x * others[0] + others[1]
-    arrays = [y for y in others if not isinstance(y, float)]
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,) * (1 + len(arrays)),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )
-    def apply(ctx, x, *arrays):
-        del ctx
-        given = iter(arrays)
-        full = [y if isinstance(y, float) else next(given) for y in others]
-        return x._pointwise(x._lift_fast_instr(instruction), *full)
-
-    return apply(x, *arrays)
 
 
 def merge(left: Any, right: Any, fma: Any, fma_row: Any, wide: Any) -> Any:

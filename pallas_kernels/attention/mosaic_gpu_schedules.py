@@ -158,10 +158,12 @@ def walk_share(body: Callable[..., None], *, last: Any, ends: Any, d: Shape) -> 
     stop = lax.min(begin + share, total)
 
     def row_loop(row, state):
-        splits = splits_of(last[row], d)
-        offset = ends[row] - splits * d.kv_heads
+        # Not from `last`: its load would stand between the block's start and its first copy.
+        offset = jnp.where(row > 0, ends[lax.max(row - 1, 0)], 0)
+        items = ends[row] - offset
+        splits = lax.div(items, d.kv_heads)
         low = lax.max(begin - offset, 0)
-        high = lax.min(stop - offset, splits * d.kv_heads)
+        high = lax.min(stop - offset, items)
         per_head = lax.max(splits, 1)
 
         def head_loop(head, state):

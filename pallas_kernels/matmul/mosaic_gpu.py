@@ -32,6 +32,11 @@ and hand a buffer back when the next step has been issued. In a cluster of `cm x
 a tile of w is fetched once for the `cm` blocks that use it and multicast, a tile of x once
 for `cn`.
 
+`matmul_gated` is the same kernel with an elementwise gate of two results in its epilogue: w is
+[2 F, K], read as [2, F, K], and a tile of w is bn / 2 rows of each half, one below the other in
+shared memory. So one accumulator holds both results of a pair, in one thread; they are rounded
+as `matmul` rounds them before the gate sees them.
+
 Ragged edges: every dimension is clipped by the copy engine (zeros in, nothing out), K at the
 end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
@@ -44,7 +49,7 @@ or two buffers of 64 rows by up to 128 bytes (normal) or bm rows by 64 results (
 store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
 log2(leaves) + 1 for the partial sums, of 255 / 232 / 152 with 1 / 2 / 3 consumers.
 `Schedule.fits` checks both; ptxas reports no spill for a registered schedule, but for 16 bytes
-in the 256 x 192 tile.
+in the 256 x 192 tile that is not gated.
 
 Sources: the PTX manual (wgmma, cp.async.bulk.tensor, mbarrier); JAX's Pallas Mosaic GPU guide
 and its Hopper matmul (jax/experimental/pallas/ops/gpu/hopper_matmul_mgpu.py) for the shape of a
@@ -52,6 +57,7 @@ persistent warp-specialised kernel; CUTLASS's sm90 pipelines for releasing multi
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,7 +75,10 @@ from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
     schedules,
 )
 
-__all__ = ["Schedule", "default_schedule", "matmul", "schedules"]
+__all__ = ["Schedule", "default_schedule", "matmul", "matmul_gated", "schedules"]
+
+# (gate, up, layout of both in registers, interpret) -> the result, of their dtype.
+Gate = Callable[[jax.Array, jax.Array, Any, bool], jax.Array]
 
 _OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -124,7 +133,7 @@ def _balanced(leaf_sum: Any, first: jax.Array, leaves: int, shape: tuple[int, in
     return lax.fori_loop(0, 2, add, nothing)
 
 
-def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
+def _kernel(*refs: Any, s: Schedule, leaves: int, gate: Gate | None, interpret: bool) -> None:
     """The whole kernel; refs are x, w, bias if there is one, y."""
     x_g, w_g, *bias_g, y_g = refs
     m, n = y_g.shape
@@ -132,8 +141,10 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
     chunks = s.bk // CHUNK
     leaf_steps = pl.cdiv(x_g.shape[-1], s.bk)
     steps = leaves * leaf_steps
-    m_tiles, n_tiles = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.bn * s.cn)
+    m_tiles, n_tiles = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.out_cols * s.cn)
     rows, cols = s.wg_tile
+    out_rows, out_cols = s.out_tile
+    matrices = 2 if s.gated else 1
     put_rows, put_cols = s.stage_tile(out_size)
     slots = s.store_slots(out_size)
     # Rows of x worth fetching. What shared memory happens to hold in the others of its tile
@@ -164,13 +175,13 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
                 mi, ni = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, s.group)
             mi = mi * s.cm + (lax.axis_index("cm") if s.cm > 1 else 0)
             ni = ni * s.cn + (lax.axis_index("cn") if s.cn > 1 else 0)
-            return mi * s.bm, ni * s.bn
+            return mi * s.bm, ni * s.out_cols
 
         def produce():
             if s.wgs > 1:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def load(src, dst, size, side, axis):
+            def load(src, dst, size, side, axis, matrices=1):
                 def tile(t, _):
                     row = tile_origin(t)[side]
 
@@ -186,12 +197,14 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
                         for c in range(chunks):
                             k0 = (i - leaf * leaf_steps) * s.bk + c * CHUNK
                             k_part = (leaf, pl.ds(k0, CHUNK)) if leaves > 1 else (pl.ds(k0, CHUNK),)
-                            plgpu.copy_gmem_to_smem(
-                                src.at[(pl.ds(row, size), *k_part)],
-                                dst.at[slot, c, pl.ds(0, size)],
-                                full.at[slot],
-                                collective_axes=axis,
-                            )
+                            for half in range(matrices):
+                                which = (half,) if matrices > 1 else ()
+                                plgpu.copy_gmem_to_smem(
+                                    src.at[(*which, pl.ds(row, size), *k_part)],
+                                    dst.at[slot, c, pl.ds(half * size, size)],
+                                    full.at[slot],
+                                    collective_axes=axis,
+                                )
 
                     lax.fori_loop(0, steps, step, None)
 
@@ -208,7 +221,8 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
             def _(warp):
                 @pl.when(warp == 0)
                 def _():
-                    load(w_g, w_in, s.bn, 1, "cm" if s.cm > 1 else None)
+                    axis = "cm" if s.cm > 1 else None
+                    load(w_g, w_in, s.bn // matrices, 1, axis, matrices)
 
                 @pl.when(warp == 1)
                 def _():
@@ -263,23 +277,24 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
                 bias = plgpu.load(at, layout=along, optimized=False).astype(jnp.float32)
                 value = value + lax.broadcast_in_dim(bias, value.shape, (1 - m_side,))
             value = value.astype(out_dtype)
-            if s.kind == "normal":
-                pieces = [
-                    (r, c) for r in range(0, rows, put_rows) for c in range(0, cols, put_cols)
-                ]
-            else:
-                pieces = [(0, c) for c in range(0, rows, put_cols)]
+            high, wide = (put_rows, put_cols) if s.kind == "normal" else (put_cols, cols)
+            pieces = [(r, c) for r in range(0, out_rows, high) for c in range(0, out_cols, wide)]
             for i, (r, c) in enumerate(pieces):
                 plgpu.wait_smem_to_gmem(slots - 1 if i else 0, wait_read_only=True)
+                piece = value[r : r + high, c : c + wide]
+                if gate is not None:
+                    r_up, c_up = r + rows - out_rows, c + cols - out_cols
+                    up = value[r_up : r_up + high, c_up : c_up + wide]
+                    piece = gate(piece, up, plgpu.Layout.WGMMA, interpret)
                 if s.kind == "normal":
-                    y_reg.at[wg, i % slots][...] = value[r : r + put_rows, c : c + put_cols]
+                    y_reg.at[wg, i % slots][...] = piece
                 else:
-                    piece = value[c : c + put_cols]
                     if out_size == 4:  # 16-bit results are transposed by stmatrix
                         piece = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
                     y_reg.at[wg, i % slots].transpose((1, 0))[...] = piece
                 plgpu.commit_smem()
-                _put(y_out.at[wg, i % slots], y_g, m0 + r, n0 + c)
+                m_at, n_at = (r, c) if s.kind == "normal" else (c, r)
+                _put(y_out.at[wg, i % slots], y_g, m0 + m_at, n0 + n_at)
 
         lax.cond(wg == s.wgs, produce, consume)
 
@@ -288,17 +303,20 @@ def _kernel(*refs: Any, s: Schedule, leaves: int, interpret: bool) -> None:
         x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
         w_s=_two_views((s.stages, chunks, s.bn, CHUNK), x_g.dtype, interpret),
         y_s=_two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
-        full=barrier(num_arrivals=2 * chunks),
+        full=barrier(num_arrivals=(1 + matrices) * chunks),
         empty=empty_barrier(num_arrivals=s.wgs),
         collective_axes="wg",
     )
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "interpret"))
-def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
+@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))
+def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, interpret):
     m, k = x.shape
     n = w.shape[0]
+    if gate is not None:
+        n //= 2
+        w = w.reshape(2, n, k)
     if leaves > 1:
         x = x.reshape(m, leaves, k // leaves)
         w = w.reshape(n, leaves, k // leaves)
@@ -307,10 +325,10 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
     args = (x, w)
     if bias is not None:
         args += (jnp.pad(bias, (0, -n % (s.bn * s.cn))),)
-    clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.bn * s.cn)
+    clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.out_cols * s.cn)
     clustered = s.cm * s.cn > 1
     y = plgpu.kernel(
-        functools.partial(_kernel, s=s, leaves=leaves, interpret=bool(interpret)),
+        functools.partial(_kernel, s=s, leaves=leaves, gate=gate, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((m, wide), out_dtype),
         grid=(min(clusters, s.resident),),
         grid_names=("cluster",),
@@ -318,11 +336,28 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, interpret):
         cluster_names=("cn", "cm") if clustered else (),
         num_threads=s.wgs + 1,
         thread_name="wg",
-        kernel_name="jdet_matmul",
+        kernel_name="jdet_matmul" if gate is None else "jdet_gated_matmul",
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or None,
     )(*args)
     return y[:, :n] if wide > n else y
+
+
+def _check_operands(x: jax.Array, w: jax.Array, leaves: int = 1) -> None:
+    """Raise unless x [M, K] and w [N, K] are what the kernel multiplies."""
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x [M, K] and w [N, K] must share K, got {x.shape} and {w.shape}")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x and w must share a dtype, got {x.dtype} and {w.dtype}")
+    k = x.shape[1]
+    if leaves < 1 or leaves & (leaves - 1) or k % leaves:
+        raise ValueError(f"leaves must be a power of two that divides K = {k}, got {leaves}")
+    if x.dtype not in _OPERANDS:
+        raise NotImplementedError(f"mosaic_gpu matmul takes bfloat16 or float16, got {x.dtype}")
+    if k == 0 or (k // leaves) % 8:
+        raise NotImplementedError(
+            f"mosaic_gpu matmul needs K / leaves in multiples of 8, got {k} / {leaves}"
+        )
 
 
 def matmul(
@@ -350,27 +385,56 @@ def matmul(
       ValueError: shapes or dtypes that do not go together.
       NotImplementedError: this backend cannot compute them; the message says which part.
     """
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"x [M, K] and w [N, K] must share K, got {x.shape} and {w.shape}")
-    if x.dtype != w.dtype:
-        raise ValueError(f"x and w must share a dtype, got {x.dtype} and {w.dtype}")
+    _check_operands(x, w, leaves)
     (m, k), n = x.shape, w.shape[0]
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must have shape {(n,)} for w {w.shape}, got {bias.shape}")
-    if leaves < 1 or leaves & (leaves - 1) or k % leaves:
-        raise ValueError(f"leaves must be a power of two that divides K = {k}, got {leaves}")
     out = jnp.dtype(out_dtype or x.dtype)
-    if x.dtype not in _OPERANDS:
-        raise NotImplementedError(f"mosaic_gpu matmul takes bfloat16 or float16, got {x.dtype}")
     if out not in (*_OPERANDS, jnp.dtype(jnp.float32)):
         raise NotImplementedError(f"mosaic_gpu matmul cannot write {out}")
-    if k == 0 or (k // leaves) % 8:
-        raise NotImplementedError(
-            f"mosaic_gpu matmul needs K / leaves in multiples of 8, got {k} / {leaves}"
-        )
     if m == 0 or n == 0:
         return jnp.zeros((m, n), out)
     s = schedule or default_schedule(m, n, k, x.dtype, leaves)
+    if s.gated:
+        raise ValueError(f"{s} is a schedule of matmul_gated")
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
-    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, interpret=interpret)
+    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, gate=None, interpret=interpret)
+
+
+def matmul_gated(
+    x: jax.Array,
+    w: jax.Array,
+    gate: Gate,
+    *,
+    schedule: Schedule | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """y[M, F] = gate(x @ w[:F]^T, x @ w[F:]^T): `matmul` with a gate in its epilogue.
+
+    The gate sees what `matmul` returns: the same sums, rounded to x's dtype.
+
+    Args:
+      x: [M, K], bfloat16 or float16.
+      w: [2 F, K], of x's dtype.
+      gate: elementwise, of two tiles in registers; a function of a module, since programs are
+        cached by it.
+      schedule: a gated one; by shape unless given. Never changes the result.
+      interpret: as for `matmul`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not go together.
+      NotImplementedError: this backend cannot compute them; the message says which part.
+    """
+    _check_operands(x, w)
+    (m, k), n = x.shape, w.shape[0]
+    if n % 2:
+        raise ValueError(f"w must be [2 F, K], gate above up, got {w.shape}")
+    if m == 0 or n == 0:
+        return jnp.zeros((m, n // 2), x.dtype)
+    s = schedule or default_schedule(m, n, k, x.dtype, gated=True)
+    if not s.gated:
+        raise ValueError(f"{s} is no gated schedule")
+    if not s.fits(itemsize=x.dtype.itemsize):
+        raise NotImplementedError(f"{s} has no room for {x.dtype} results")
+    return _matmul(x, w, None, leaves=1, out_dtype=x.dtype, s=s, gate=gate, interpret=interpret)

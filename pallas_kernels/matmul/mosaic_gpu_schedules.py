@@ -35,6 +35,8 @@ class Schedule:
       cm, cn: blocks of a cluster along M (they share w) and along N (they share x).
       group: tiles along M that are walked before N moves on (reuse in L2).
       slots: buffers a consumer rotates over when it stores its tile.
+      gated: w is two matrices of one shape, gate above up; a tile's bn rows of w are the
+        same bn / 2 rows of both, and their results meet in the consumer's registers.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Schedule:
     cn: int = 1
     group: int = 1
     slots: int = 2
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("normal", "swapped"):
@@ -69,6 +72,8 @@ class Schedule:
             raise ValueError(f"the copy engine moves at most 256 rows: {self}")
         if self.bk % CHUNK or self.stages < 2 or self.slots < 1:
             raise ValueError(f"bk must be a multiple of {CHUNK}, stages >= 2, slots >= 1: {self}")
+        if self.gated and not self.can_gate:
+            raise ValueError(f"gate and up of one result must meet in one consumer: {self}")
 
     @property
     def mma_tile(self) -> tuple[int, int]:
@@ -82,6 +87,26 @@ class Schedule:
         return (rows // self.wgs, cols) if self.split == "m" else (rows, cols // self.wgs)
 
     @property
+    def can_gate(self) -> bool:
+        """Whether each consumer can have whole tiles of the gate and the same ones of up."""
+        w_side, rows = ("n", 16) if self.kind == "normal" else ("m", 64)
+        whole = self.wgs == 1 or self.split != w_side
+        return whole and self.bn % (2 * rows) == 0 and self.bn % (16 * self.cm) == 0
+
+    @property
+    def out_cols(self) -> int:
+        """Columns of y in a block's tile."""
+        return self.bn // 2 if self.gated else self.bn
+
+    @property
+    def out_tile(self) -> tuple[int, int]:
+        """The results of one consumer, laid out as its accumulator."""
+        rows, cols = self.wg_tile
+        if not self.gated:
+            return rows, cols
+        return (rows, cols // 2) if self.kind == "normal" else (rows // 2, cols)
+
+    @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer may use."""
         return 255 if self.wgs == 1 else (512 - PRODUCER_REGISTERS) // self.wgs // 8 * 8
@@ -93,12 +118,12 @@ class Schedule:
 
     def stage_tile(self, itemsize: int) -> tuple[int, int]:
         """Rows and columns of y in one store, for results of `itemsize` bytes."""
-        _, cols = self.wg_tile
+        _, cols = self.out_tile
         return (64, math.gcd(cols, 128 // itemsize)) if self.kind == "normal" else (cols, 64)
 
     def store_slots(self, itemsize: int) -> int:
         """Buffers of `stage_tile` that a consumer rotates over, no more than it has pieces."""
-        pieces = math.prod(self.wg_tile) // math.prod(self.stage_tile(itemsize))
+        pieces = math.prod(self.out_tile) // math.prod(self.stage_tile(itemsize))
         return min(self.slots, pieces)
 
     def smem_bytes(self, itemsize: int) -> int:
@@ -119,7 +144,9 @@ class Schedule:
         shape = f"{self.bm}x{self.bn}x{self.bk}"
         return (
             f"{self.kind}-{shape}-s{self.stages}-w{self.wgs}{self.split}"
-            f"-c{self.cm}{self.cn}-g{self.group}" + (f"-o{self.slots}" if self.slots != 2 else "")
+            f"-c{self.cm}{self.cn}-g{self.group}"
+            + (f"-o{self.slots}" if self.slots != 2 else "")
+            + ("-gated" if self.gated else "")
         )
 
 
@@ -183,8 +210,29 @@ _REGISTERED = tuple(
 )
 
 
+def _gated(s: Schedule) -> Schedule:
+    return dataclasses.replace(s, gated=True)
+
+
+_GATED = (
+    *(_gated(s) for s in _REGISTERED if s.can_gate),
+    _deep("swapped", 16, 128, bk=128, gated=True),
+    _deep("swapped", 64, 128, wgs=2, split="n", gated=True),
+)
+_GATED_CHOICES = tuple(
+    (largest, tuple((_gated(s), of_tile) for s, of_tile in choices if s.can_gate))
+    for largest, choices in _CHOICES
+)
+
+
 def schedules(
-    m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1, out_size: int = 4
+    m: int,
+    n: int,
+    k: int,
+    dtype: DTypeLike,
+    leaves: int = 1,
+    out_size: int = 4,
+    gated: bool = False,
 ) -> tuple[Schedule, ...]:
     """Every registered schedule that can compute [m, k] x [n, k]: all of them give the same bits.
 
@@ -192,17 +240,20 @@ def schedules(
     size of the result's elements.
     """
     del m, n, k, dtype
-    return tuple(s for s in _REGISTERED if s.fits(leaves, out_size))
+    return tuple(s for s in (_GATED if gated else _REGISTERED) if s.fits(leaves, out_size))
 
 
-def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) -> Schedule:
-    """The schedule to use for a shape. Speed only.
+def default_schedule(
+    m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1, gated: bool = False
+) -> Schedule:
+    """The schedule to use for a shape, n the rows of w. Speed only.
 
     Raises:
       NotImplementedError: no schedule has registers for so many leaves.
     """
     del k, dtype
-    choices = next(choices for largest, choices in _CHOICES if m <= largest)
+    by_m = _GATED_CHOICES if gated else _CHOICES
+    choices = next(choices for largest, choices in by_m if m <= largest)
 
     def cost(s: Schedule, of_tile: int) -> int:
         clusters = -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
@@ -210,7 +261,8 @@ def default_schedule(m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1) 
 
     costs = {s: cost(s, of_tile) for s, of_tile in choices if s.fits(leaves)}
     if not costs:
-        costs = {s: cost(s, s.bm * s.bn) for s in _REGISTERED if s.fits(leaves)}
+        registered = _GATED if gated else _REGISTERED
+        costs = {s: cost(s, s.bm * s.bn) for s in registered if s.fits(leaves)}
     if not costs:
         raise NotImplementedError(f"mosaic_gpu matmul has no registers for {leaves} leaves")
     return min(costs, key=costs.__getitem__)

@@ -42,7 +42,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.attention.mosaic_gpu_merge import exact
+from jdet.pallas_kernels.exact import exact
 
 _OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _LANES = 8  # threads that share a head

@@ -7,22 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jdet.pallas_kernels.rms_norm.reference import rms_norm
-from jdet.pallas_kernels.trees import wide_dtype
-
-
-def _rotate(
-    x: Float[Array, "B T H D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T H D"]:
-    """Rotate the pairs (x[i], x[i + D/2]) by the angles of their token.
-
-    Two products and one addition an element, in float32 (float64 for float64 inputs), rounded
-    once to x's dtype. Su et al., "RoFormer", arXiv:2104.09864; halves as in Hugging Face's Llama.
-    """
-    wide = wide_dtype(x)
-    c, s = cos.astype(wide)[:, :, None], sin.astype(wide)[:, :, None]
-    low, high = jnp.split(x.astype(wide), 2, axis=-1)
-    rotated = jnp.concatenate([low * c - high * s, high * c + low * s], axis=-1)
-    return rotated.astype(x.dtype)
+from jdet.pallas_kernels.rope.reference import rotate
 
 
 def _slots(
@@ -93,9 +78,9 @@ def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
         page, slot = _slots(positions, k_cache, page_table)
         k_cache, v_cache = (
             cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
-            for cache, new in ((k_cache, _rotate(k, cos, sin)), (v_cache, v))
+            for cache, new in ((k_cache, rotate(k, cos, sin)), (v_cache, v))
         )
-        return _rotate(q, cos, sin), k_cache, v_cache
+        return rotate(q, cos, sin), k_cache, v_cache
 
     return qkv_heads
 

@@ -1,26 +1,39 @@
-"""RMSNorm with residual addition in Pallas Mosaic GPU: one block a row.
+"""RMSNorm with residual addition in Pallas Mosaic GPU: rows straight through registers.
 
-Tree: s = x + residual, rounded to x's dtype; the squares of s, in float32, are summed by the
-128 threads of one warpgroup: thread t holds the elements of a strided layout that depends on
-D alone, adds its own first and then, over the threads, in Mosaic GPU's fixed tree (XOR
-shuffles in a warp, the four warps through shared memory). A row is one block whatever the
-number of rows, so no schedule can see them. Result: s * rsqrt(sum / D + eps) * weight in
-float32, one rounding. (`portable` has another tree: bits are promised within one
-implementation.)
+Tree (a function of D and the dtypes alone):
 
-Ragged D: columns are copied in chunks of 128 that the copy engine clips; what lies beyond D
-reads as zero and is not written. D must be a multiple of 8 (16-byte rows).
+- s = x + residual in float32, rounded to x's dtype; x itself without a residual.
+- A row belongs to `warps * lanes` threads (`shape_of`); each holds vectors of `vector`
+  neighbours, `tile` elements apart. The squares are products rounded in float32. A thread adds
+  its vectors, ascending, in max(1, 8 // vector) interleaved sums, then these in order, then the
+  elements of the vector, ascending. Then lanes are added by XOR shuffles, 1, 2, 4, ... lanes
+  away, then four warps as (0 + 1) + (2 + 3).
+- y = s * rsqrt(fma(sum, float32(1 / D), eps)) * weight, left to right, each operation rounded
+  in float32 (`rsqrt.approx`); one rounding to x's dtype.
+- A row whose D suits no such division is continued with zeros to a multiple of 1024.
 
-Budget: shared memory 4 rows of D rounded up to 128; registers 2 * D / 128 a thread, float32.
+A reduction never holds more than one row of a thread: Mosaic GPU cuts the interleaved sums by
+their number, and the bits would follow it.
 
-Status: runs in interpret mode and compiles for an H100. By itself it has not been checked on
-one, so nothing uses it; a whole model that held it, and an unfinished attention kernel, did not
-pass there (scripts/bench/results/h100-model-mosaic-failed.json).
+Schedules (what the bits do not depend on): a block is one warpgroup. Either it takes one row, and
+threads beyond those of the row repeat its work; or every thread has a row, `tiles` times over. The
+last blocks then start early enough to end with the last row; what two blocks share is written
+twice, alike.
+
+Loads and stores go between registers and global memory, 16 bytes a thread where D allows: there
+is nothing to wait for but memory, and no copy engine to set up.
+
+Budget: no shared memory but the 2 KiB of the sum over warps. Registers: the elements of a thread
+(at most 128) times `tiles`, in x's dtype until they are squared, in float32 after; and as many
+weights. ptxas spills none up to D = 12288 in 16 bits.
+
+Not run on a GPU yet.
 
 Sources: Zhang & Sennrich, arXiv:1910.07467; Mosaic GPU's reductions:
 jax/experimental/mosaic/gpu/fragmented_array.py.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,71 +41,155 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_LANES = 128  # threads of a warpgroup, and columns of one copy
-_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+from jdet.pallas_kernels.exact import exact
+
+_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
+_LARGEST = 16384
+_BLOCKS = 264  # two an SM: with fewer rows, each still has a block of its own
+_RESIDENT = 132 * 8  # blocks worth keeping in flight before one takes more rows
 
 
-def _kernel(*refs: Any, dim: int, eps: float, residual: bool) -> None:
-    """One row; refs are x, residual if there is one, weight, y, s."""
-    x_g, *residual_g, weight_g, y_g, s_g = refs
-    row = lax.axis_index("row")
-    chunks = pl.cdiv(dim, _LANES)
-    inputs = [(x_g, True), *((r, True) for r in residual_g), (weight_g, False)]
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The threads of a row: `warps` (1 or 4) of `lanes` lanes, with vectors of `vector`."""
 
-    def scope(loaded, y_s, s_s, barrier):
-        def fetch(c, _):
-            at = pl.ds(c * _LANES, _LANES)
-            for i, (ref, by_row) in enumerate(inputs):
-                source = ref.at[row, at] if by_row else ref.at[at]
-                plgpu.copy_gmem_to_smem(source, loaded.at[i, at], barrier)
+    warps: int
+    lanes: int
+    vector: int
 
-        lax.fori_loop(0, chunks, fetch, None)
-        plgpu.barrier_wait(barrier)
-        layout = plgpu.Layout.WG_STRIDED((chunks * _LANES,), vec_size=1)
-        rows = [plgpu.load(loaded.at[i], layout=layout) for i in range(len(inputs))]
-        s = rows[0]
-        if residual:
-            s = (s.astype(jnp.float32) + rows[1].astype(jnp.float32)).astype(s.dtype)
-        v = s.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.sum(v * v) * (1.0 / dim) + eps)
-        s_s[...] = s
-        y_s[...] = (v * scale * rows[-1].astype(jnp.float32)).astype(s.dtype)
-        plgpu.commit_smem()
+    @property
+    def tile(self) -> int:
+        """Elements from one vector of a thread to its next."""
+        return self.warps * self.lanes * self.vector
 
-        def put(c, _):
-            at = pl.ds(c * _LANES, _LANES)
-            plgpu.copy_smem_to_gmem(y_s.at[at], y_g.at[row, at])
-            plgpu.copy_smem_to_gmem(s_s.at[at], s_g.at[row, at])
+    @property
+    def rows(self) -> int:
+        """Rows of a warpgroup when every thread has one."""
+        return 128 // (self.warps * self.lanes)
 
-        lax.fori_loop(0, chunks, put, None)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def layout(self, rows: int) -> Any:
+        """[rows, D] in registers, for 1 row or `self.rows`."""
+        across = self.lanes * self.vector
+        spare = 32 // self.lanes
+        # Tiled thrice, an array ends in [warps down, across, lanes down, across, 1, vector].
+        tiles = ((rows, self.tile), (min(rows, spare), across), (1, self.vector))
+        down = (-6, -4) if rows > 1 else (plgpu.Replicated(4), plgpu.Replicated(spare))
+        t = mgpu.TiledLayout(
+            plgpu.Tiling(tiles),
+            (-5 if self.warps > 1 else down[0],),
+            (down[1], -3) if spare > 1 else (-3,),
+            -1,
+            _check_canonical=False,
+        ).canonicalize()
+        return plgpu.Layout.TILED(t.tiling, t.warp_dims, t.lane_dims, t.vector_dim)
 
-    width = chunks * _LANES
-    pl.run_scoped(
-        scope,
-        plgpu.SMEM((len(inputs), width), x_g.dtype),
-        plgpu.SMEM((width,), x_g.dtype),
-        plgpu.SMEM((width,), x_g.dtype),
-        plgpu.Barrier(num_arrivals=len(inputs) * chunks),
-    )
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Rows of a block: `tiles` times `rows`, which is 1 or all that its threads can hold."""
+
+    rows: int
+    tiles: int
+
+
+def shape_of(dim: int) -> tuple[RowShape, int]:
+    """The threads of a row of `dim` elements, and the row's length with zeros at its end."""
+    if dim >= 1024 and dim % 512 == 0:
+        return RowShape(4, 32, 4 if dim % 1024 else 8), dim
+    power = dim & -dim  # the largest power of two that divides it
+    shapes = [RowShape(1, min(32, power // vector), vector) for vector in (8, 4, 2, 1)]
+    for most in (64, 128):
+        for shape in shapes:
+            if dim <= most * shape.lanes:
+                return shape, dim
+    return RowShape(4, 32, 8), pl.cdiv(dim, 1024) * 1024
+
+
+def schedules(m: int, dim: int) -> tuple[Schedule, ...]:
+    """Every schedule that can compute [m, dim]: all of them give the same bits."""
+    shape, width = shape_of(dim)
+    rows = shape.rows
+    elements = width // (shape.warps * shape.lanes)
+    tiles = [t for t in (1, 2, 4) if t == 1 or t * elements <= 32]
+    single = () if rows == 1 else (Schedule(1, 1),)
+    return single + tuple(Schedule(rows, t) for t in tiles if m >= rows)
+
+
+def default_schedule(m: int, dim: int) -> Schedule:
+    """The schedule to use for a shape. Speed only."""
+    first, *others = schedules(m, dim)
+    if m <= _BLOCKS or not others:
+        return first
+    busy = [s for s in others if m >= s.rows * s.tiles * _RESIDENT]
+    return busy[-1] if busy else others[0]
+
+
+def _kernel(
+    *refs: Any, dim: int, eps: float, residual: bool, s: Schedule, shape: RowShape, interpret: bool
+) -> None:
+    """refs are x, weight, y, and with a residual that and s."""
+    x_g, weight_g, y_g = refs[0], refs[1 + residual], refs[2 + residual]
+    layout = shape.layout(s.rows)
+    m, width = x_g.shape
+    begin = lax.axis_index("block") * (s.rows * s.tiles)
+    windows = [pl.ds(lax.min(begin + t * s.rows, m - s.rows), s.rows) for t in range(s.tiles)]
+
+    def read(ref):
+        return [plgpu.load(ref.at[w], layout=layout, optimized=False) for w in windows]
+
+    def square(v):
+        return exact("mul.rn.f32", layout, interpret, v, v)
+
+    xs = read(x_g)
+    added = read(refs[1]) if residual else [None] * s.tiles
+    weight = plgpu.load(weight_g, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+    weight = lax.broadcast_in_dim(weight, (s.rows, width), (1,))
+    for window, x, other in zip(windows, xs, added, strict=True):
+        if other is not None:
+            x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(x.dtype)
+            refs[4].at[window][...] = x
+        v = x.astype(jnp.float32)
+        # Spread over the row before the mean: Mosaic cannot name instructions on one value.
+        total = lax.broadcast_in_dim(jnp.sum(square(v), axis=1), (s.rows, width), (0,))
+        mean = exact("fma.rn.f32", layout, interpret, total, 1.0 / dim, eps)
+        y_g.at[window][...] = (v * lax.rsqrt(mean) * weight).astype(x.dtype)
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def _rms_norm(x, weight, residual, *, eps, interpret):
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+@functools.partial(jax.jit, static_argnames=("eps", "s", "interpret"))
+def _rms_norm(x, weight, residual, *, eps, s, interpret):
+    m, dim = x.shape
+    shape, width = shape_of(dim)
+
+    def widen(v):
+        return v if width == dim else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - dim)])
+
     rows = (x,) if residual is None else (x, residual)
-    return plgpu.kernel(
-        functools.partial(_kernel, dim=x.shape[1], eps=eps, residual=residual is not None),
-        out_type=(shape, shape),
-        grid=(x.shape[0],),
-        grid_names=("row",),
+    out = jax.ShapeDtypeStruct((m, width), x.dtype)
+    args = [widen(v) for v in (*rows, weight)]
+    results = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            dim=dim,
+            eps=eps,
+            residual=residual is not None,
+            s=s,
+            shape=shape,
+            interpret=bool(interpret),
+        ),
+        out_type=(out,) * len(rows),
+        grid=(pl.cdiv(m, s.rows * s.tiles),),
+        grid_names=("block",),
         kernel_name="jdet_rms_norm",
-        compiler_params=plgpu.CompilerParams(),
+        # Nothing that is read is written: no barriers are wanted around the stores.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret or None,
-    )(*rows, weight)
+    )(*args)
+    y, *sums = (r[:, :dim] for r in results)
+    return y, sums[0] if sums else x
 
 
 def rms_norm(
@@ -101,28 +198,35 @@ def rms_norm(
     *,
     eps: float,
     residual: jax.Array | None = None,
+    schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(norm of s, s) with s = x + residual; see the module for the tree.
 
     Args:
-      x: [..., D], bfloat16 or float16.
+      x: [..., D], bfloat16, float16 or float32.
       weight: [D], of x's dtype.
       residual: as x, or None: then s is x.
+      schedule: how to walk the rows; by their number unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
     Raises:
-      NotImplementedError: another dtype, or D no multiple of 8.
+      NotImplementedError: another dtype, D no multiple of 8, or D over 16384.
     """
+    dim = x.shape[-1]
     if x.dtype not in _OPERANDS or weight.dtype != x.dtype:
         raise NotImplementedError(
-            f"mosaic_gpu rms_norm takes bfloat16 or float16, got {x.dtype} and {weight.dtype}"
+            "mosaic_gpu rms_norm takes bfloat16, float16 or float32, all alike;"
+            f" got {x.dtype} and {weight.dtype}"
         )
-    if x.shape[-1] % 8:
+    if dim % 8 or not 0 < dim <= _LARGEST:
         raise NotImplementedError(
-            f"mosaic_gpu rms_norm needs D in multiples of 8, got {x.shape[-1]}"
+            f"mosaic_gpu rms_norm needs D in multiples of 8 up to {_LARGEST}, got {dim}"
         )
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, dim)
+    if not flat.shape[0]:
+        return x, x
     other = None if residual is None else residual.reshape(flat.shape)
-    y, s = _rms_norm(flat, weight, other, eps=eps, interpret=interpret)
+    schedule = schedule or default_schedule(flat.shape[0], dim)
+    y, s = _rms_norm(flat, weight, other, eps=eps, s=schedule, interpret=interpret)
     return y.reshape(x.shape), s.reshape(x.shape)

@@ -2,6 +2,9 @@
 
     python scripts/bench/matmul.py --json results.json             # the table
     python scripts/bench/matmul.py --sweep --json sweep.json       # every plausible schedule
+    python scripts/bench/matmul.py --only gated --chain            # some of it
+
+`gated` is gate_up with the SiLU gate: in the epilogue of ours; XLA may fuse as it likes.
 
 Device time by CUPTI, weights rotated over at least 250 MB, medians. Programs are compiled in
 `--jobs` processes side by side, XLA's by two at a time, since it measures to tune itself; one
@@ -26,6 +29,7 @@ OPS = {
     "qkv": (6144, 4096),
     "o": (4096, 4096),
     "gate_up": (24576, 4096),
+    "gated": (24576, 4096),
     "down": (4096, 12288),
     "lm_head": (151936, 4096),
 }
@@ -80,7 +84,9 @@ def run_job(job):
     import timing
     from jax import lax
 
-    from jdet.pallas_kernels.matmul import mosaic_gpu
+    from jdet.pallas_kernels.gated_matmul.mosaic_gpu import gated_matmul
+    from jdet.pallas_kernels.matmul.mosaic_gpu import matmul
+    from jdet.pallas_kernels.silu_mul.xla import silu_mul
 
     op, m, names = job
     n, k = OPS[op]
@@ -88,11 +94,13 @@ def run_job(job):
 
     def program(which):
         def ours(xs, ws):
-            return [mosaic_gpu.matmul(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
+            f = gated_matmul if op == "gated" else matmul
+            return [f(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
 
         def xla(xs, ws):
             dims = (((1,), (1,)), ((), ()))
-            return [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
+            ys = [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
+            return [silu_mul(y) for y in ys] if op == "gated" else ys
 
         shapes = [[jax.ShapeDtypeStruct(s, "bfloat16")] * copies for s in ((m, k), (n, k))]
         lowered = jax.jit(xla if which == "xla" else ours).lower(*shapes)
@@ -192,7 +200,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sweep", action="store_true", help="time every plausible schedule")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--ops", nargs="*", default=list(OPS))
+    parser.add_argument("--only", nargs="*", choices=OPS, default=list(OPS), dest="ops")
     parser.add_argument("--ms", nargs="*", type=int, default=list(MS))
     parser.add_argument("--chain", nargs="*", type=int, default=[8, 64], help="M of the chains")
     parser.add_argument(
@@ -207,11 +215,12 @@ def main():
     for op in args.ops:
         n, k = OPS[op]
         for m in args.ms:
-            best = sched.default_schedule(m, n, k, "bfloat16")
+            gated = op == "gated"
+            best = sched.default_schedule(m, n, k, "bfloat16", gated=gated)
             chosen[op, m] = str(best)
             names[op, m] = [best]
             if args.sweep:
-                every = sched.schedules(m, n, k, "bfloat16", 1, 2)
+                every = sched.schedules(m, n, k, "bfloat16", 1, 2, gated)
                 names[op, m] += [s for s in every if plausible(s, m) and s != best]
     jobs = [(op, m, ("xla", these[0])) for (op, m), these in names.items()]
     for (op, m), these in names.items():
@@ -252,7 +261,7 @@ def main():
             if not (xla and ours):
                 print(f"{op:8} {m:5} incomplete", timed[:6])
                 continue
-            nbytes = 2 * (n * k + m * k + m * n)
+            nbytes = 2 * (n * k + m * k + m * (n // 2 if op == "gated" else n))
             floor = max(nbytes / copy, 2 * m * n * k / matrix) * 1e6
             row = {
                 "op": op,

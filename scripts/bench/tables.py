@@ -76,9 +76,42 @@ def attention() -> str:
             f"{r['floor_us']:.0f}",
             f"{r['ours_us'] / r['cudnn_us']:.2f}",
         ]
-        for r in _load("h100-attention.json")["rows"]
+        for r in _load("h100-attention-2.json")["rows"]
     ]
     return _table(["", "jdet us", "cuDNN us", "floor us", "ratio"], rows)
+
+
+def rows() -> str:
+    """Times of the Hopper ops on rows beside plain XLA's."""
+    lines = [
+        [
+            f"{r['op']}, {r['M']} x {r.get('D', r.get('V'))}",
+            f"{r['ours_us']:.1f}",
+            f"{r['xla_us']:.1f}",
+            f"{r['floor_us']:.1f}",
+            f"{r['ours_to_xla']:.2f}",
+        ]
+        for r in _load("h100-rows.json")["times"]
+        if r["M"] in (1, 64, 256, 4096)
+    ]
+    return _table(["", "jdet us", "XLA us", "floor us", "ratio"], lines)
+
+
+def model() -> str:
+    """Decode step and prefill of a Qwen3-8B shape on an H100."""
+    lines = []
+    for r in _load("h100-qwen3-8b-first.json")["rows"]:
+        best = min(r[k] for k in ("xla_ms", "xla_cudnn_ms") if k in r)
+        figures = (r["ours_ms"], best, r["floor_ms"])
+        lines.append(
+            [
+                f"{r['what']}, {r['batch']} x {r['length']}",
+                *(f"{v:.2f}" for v in figures),
+                f"{r['ratio']:.2f}",
+                f"{100 * r['share_of_floor']:.0f} %",
+            ]
+        )
+    return _table(["", "jdet ms", "XLA ms", "floor ms", "ratio", "of the floor"], lines)
 
 
 def tables() -> dict[str, str]:
@@ -89,6 +122,8 @@ def tables() -> dict[str, str]:
         "cpu": cpu(),
         "matmul": matmul(),
         "attention": attention(),
+        "rows": rows(),
+        "model": model(),
     }
 
 

@@ -13,16 +13,19 @@ Methods:
 
 import importlib.metadata
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+ROOT = Path(__file__).resolve().parents[2]
 COLD_BYTES = 250e6  # five times the L2 of an H100
 
 
@@ -82,10 +85,14 @@ def environment() -> dict[str, Any]:
         "platform_version": getattr(client, "platform_version", "").split("\n")[0],
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["python", sys.argv[0].removeprefix("./"), *_shown(sys.argv[1:])]),
+        "command": _command(),
     }
 
 
-def _shown(argv: list[str]) -> list[str]:
-    """The arguments, with paths of files reduced to their names."""
-    return [a.rsplit("/", 1)[-1] if a.startswith("/") else a for a in argv]
+def _command() -> str:
+    """What was run: the script from the repository's root, files elsewhere by their names."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    arguments = (re.sub(r"(^|=)/.*/", r"\1", a) for a in sys.argv[1:])
+    return " ".join(["python", str(script), *arguments])

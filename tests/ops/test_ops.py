@@ -1,5 +1,7 @@
 """Dispatch and checks: an error that names both sides; never another implementation."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,11 @@ WRONG_MATMUL = {
     "other dtype": ((zeros(5, 8), zeros(3, 8, dtype=BFLOAT16), None, 1), "float32.*bfloat16"),
     "bias of K": ((zeros(5, 8), zeros(3, 8), zeros(8), 1), r"bias \(8,\); must be \(3,\)"),
     "leaves": ((zeros(5, 12), zeros(3, 12), None, 8), "K=12 .* 8 equal leaves"),
+}
+WRONG_GATED_MATMUL = {
+    "other K": ((zeros(5, 8), zeros(6, 4)), r"x \(5, 8\) and w \(6, 4\).*K=8"),
+    "no second half": ((zeros(5, 8), zeros(3, 8)), r"w \(3, 8\); w must be \[2 F"),
+    "other dtype": ((zeros(5, 8), zeros(6, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
 }
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
@@ -71,7 +78,7 @@ WRONG_QKV_HEADS = {
     ),
 }
 Q, KV, AT = zeros(2, 3, 4, 8), zeros(2, 2, 32, 8), zeros(2, 3, dtype=jnp.int32)
-PAGES = zeros(5, 2, 16, 8)
+PAGED = zeros(5, 2, 16, 8)
 WRONG_ATTENTION = {
     "values of another length": ((Q, KV, KV[:, :, :16], AT, 16), r"v_cache \(2, 2, 16, 8\)"),
     "other batch": ((Q[:1], KV, KV, AT[:1], 16), r"q \(1, 3, 4, 8\), k_cache \(2, 2, 32, 8\)"),
@@ -79,10 +86,10 @@ WRONG_ATTENTION = {
     "heads": ((Q[:, :, :3], KV, KV, AT, 16), "3 query heads over 2 key heads"),
     "positions": ((Q, KV, KV, AT[:, :2], 16), r"positions \(2, 2\); must be \(2, 3\)"),
     "cache": ((Q, KV[:, :, :24], KV[:, :, :24], AT, 16), "24 slots .* kv_split=16"),
-    "pages": ((Q, PAGES, PAGES, AT, 24, AT), "pages of 16 slots.* kv_split=24"),
-    "rows of the table": ((Q, PAGES, PAGES, AT, 16, AT[:1]), "each of 2 rows"),
-    "int16": ((Q, PAGES, PAGES, AT, 16, AT.astype(jnp.int16)), "page_table int16"),
-    "table": ((Q, PAGES, PAGES, AT, 16, AT[0]), r"page_table int32\(3,\)"),
+    "pages": ((Q, PAGED, PAGED, AT, 24, AT), "pages of 16 slots.* kv_split=24"),
+    "rows of the table": ((Q, PAGED, PAGED, AT, 16, AT[:1]), "each of 2 rows"),
+    "int16": ((Q, PAGED, PAGED, AT, 16, AT.astype(jnp.int16)), "page_table int16"),
+    "table": ((Q, PAGED, PAGED, AT, 16, AT[0]), r"page_table int32\(3,\)"),
 }
 
 
@@ -92,6 +99,7 @@ WRONG_ATTENTION = {
         pytest.param(getattr(checks, f"check_{op}"), *case, id=f"{op}: {name}")
         for op, cases in {
             "matmul": WRONG_MATMUL,
+            "gated_matmul": WRONG_GATED_MATMUL,
             "rms_norm": WRONG_RMS_NORM,
             "rope": WRONG_ROPE,
             "qkv_heads": WRONG_QKV_HEADS,
@@ -107,12 +115,13 @@ def test_check_names_both_sides(check, arguments, message):
 
 def test_checks_let_pass_what_fits():
     checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
+    checks.check_gated_matmul(zeros(2, 5, 16), zeros(6, 16))
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
     checks.check_qkv_heads(*heads())
     checks.check_qkv_heads(*heads(**PAGES, page_table=zeros(2, 4)))
     checks.check_attention(Q, KV, KV, AT, 16)
-    checks.check_attention(Q, PAGES, PAGES, AT, 32, zeros(2, 3, dtype=jnp.int32))
+    checks.check_attention(Q, PAGED, PAGED, AT, 32, zeros(2, 3, dtype=jnp.int32))
 
 
 def test_ops_check_before_they_compute():
@@ -120,6 +129,8 @@ def test_ops_check_before_they_compute():
     ops = Ops(contract=Contract(leaves=8, kv_split=16))
     with pytest.raises(ValueError, match="^matmul: "):
         ops.matmul(zeros(5, 12), zeros(3, 12), k_sharded=True)
+    with pytest.raises(ValueError, match="^gated_matmul: "):
+        ops.gated_matmul(zeros(5, 8), zeros(3, 8))
     with pytest.raises(ValueError, match="^rms_norm: "):
         ops.rms_norm(zeros(5, 8), zeros(8), eps=1e-5, residual=zeros(5, 8, dtype=BFLOAT16))
     with pytest.raises(ValueError, match="^rope: "):
@@ -152,6 +163,9 @@ def test_leading_axes_are_rows():
     y = Ops().matmul(x, w)
     assert y.shape == (2, 3, 8)
     assert (y.reshape(6, 8) == Ops().matmul(x.reshape(6, 64), w)).all()
+    y = Ops().gated_matmul(x, w)
+    assert y.shape == (2, 3, 4)
+    assert (y.reshape(6, 4) == Ops().gated_matmul(x.reshape(6, 64), w)).all()
 
 
 def test_log_softmax_is_float32_for_any_logits():
@@ -160,16 +174,21 @@ def test_log_softmax_is_float32_for_any_logits():
 
 @pytest.mark.parametrize("name", ["Portable", "triton", "mosaic", ""])
 def test_unknown_implementation(name):
-    allowed = "allowed: reference, portable, xla, mosaic_gpu, mosaic_tpu"
+    allowed = "allowed: reference, portable, xla, mosaic_gpu, mosaic_tpu, jax_triton"
     with pytest.raises(ValueError, match=f"unknown implementation {name!r}; {allowed}"):
         Ops(name)
 
 
-@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
-def test_implementation_that_does_not_cover_every_op(name):
+def test_implementation_that_does_not_cover_every_op():
     """It says which op, and what there is; nothing falls back in silence."""
-    with pytest.raises(NotImplementedError, match=f"has no {name!r} .* it has: reference, porta"):
-        Ops(name)
+    with pytest.raises(NotImplementedError, match="has no 'mosaic_tpu' .* it has: reference, port"):
+        Ops("mosaic_tpu")
+
+
+def test_mosaic_gpu_covers_every_op():
+    assert Ops("mosaic_gpu").implementation == "mosaic_gpu"
+    for op in pallas_kernels.OPS:
+        assert "mosaic_gpu" in pallas_kernels.available(op)
 
 
 @pytest.mark.parametrize("op", pallas_kernels.OPS)
@@ -191,11 +210,17 @@ def test_unknown_op():
         pallas_kernels.implementation_of("conv", "portable")
 
 
-def test_default_implementation_follows_the_platform():
-    assert default_implementation("cpu") == default_implementation("gpu") == "portable"
-    assert default_implementation() == default_implementation(jax.default_backend())
+def test_default_implementation_follows_the_device_and_the_dtype():
+    def default(platform, capability=None, dtype=jnp.bfloat16):
+        device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+        return default_implementation(device, dtype)
+
+    assert default("cpu") == default("gpu", "8.0") == default("gpu", "10.0") == "portable"
+    assert default("gpu", "9.0") == default("gpu", "9.0", jnp.float16) == "mosaic_gpu"
+    assert default("gpu", "9.0", jnp.float32) == "portable"
+    assert default_implementation() == default_implementation(jax.devices()[0])
     with pytest.raises(NotImplementedError, match="no TPU kernel .*implementation='portable'"):
-        default_implementation("tpu")
+        default("tpu")
 
 
 def test_ops_are_static_arguments():

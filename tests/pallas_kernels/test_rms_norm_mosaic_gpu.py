@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm
+from jdet.pallas_kernels.rms_norm.mosaic_gpu import (
+    default_schedule,
+    rms_norm,
+    schedules,
+    shape_of,
+)
 
 EPS = 1e-5
 
@@ -16,16 +21,40 @@ def inputs(rows: int, dim: int) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
     return x, residual, jnp.asarray(rng.standard_normal(dim), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 200, 576])
-def test_it_is_the_norm_of_the_sum(dim: int) -> None:
-    x, residual, weight = inputs(3, dim)
-    y, s = rms_norm(x, weight, eps=EPS, residual=residual, interpret=plgpu.InterpretGPUParams())
-    wide = np.asarray((x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(jnp.bfloat16))
-    wide = wide.astype(np.float64)
+# One warp's lanes, several rows a warp, a warp a row, elements one by one, zeros at the end.
+@pytest.mark.parametrize("dim", [64, 128, 200, 576, 1032, 4096])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_it_is_the_norm_of_the_sum(dim: int, with_residual: bool) -> None:
+    x, residual, weight = inputs(17, dim)
+    other = residual if with_residual else None
+    y, s = rms_norm(x, weight, eps=EPS, residual=other, interpret=plgpu.InterpretGPUParams())
+    wide = np.asarray(x, np.float32) + (np.asarray(residual, np.float32) if with_residual else 0)
+    wide = np.asarray(jnp.asarray(wide).astype(jnp.bfloat16), np.float64)
     exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
     assert (np.asarray(s, np.float64) == wide).all()
     # One rounding to bfloat16: half of 2**-8, relative.
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [64, 576])
+def test_every_schedule_reaches_every_row(dim: int) -> None:
+    """Rows beyond a whole number of blocks included; the last blocks overlap."""
+    x, residual, weight = inputs(75, dim)
+    results = [
+        rms_norm(
+            x,
+            weight,
+            eps=EPS,
+            residual=residual,
+            schedule=s,
+            interpret=plgpu.InterpretGPUParams(),
+        )
+        for s in schedules(75, dim)
+    ]
+    assert len(results) > 1
+    for y, s in results[1:]:
+        assert np.asarray(y).tobytes() == np.asarray(results[0][0]).tobytes()
+        assert np.asarray(s).tobytes() == np.asarray(results[0][1]).tobytes()
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
@@ -37,8 +66,26 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     assert np.asarray(alone[0]).tobytes() == np.asarray(crowd[1]).tobytes()
 
 
+def test_a_row_is_divided_by_its_width_alone() -> None:
+    """Every thread holds as many elements, and few enough; only the schedule asks the batch."""
+    for dim in range(8, 16385, 8):
+        shape, width = shape_of(dim)
+        assert dim <= width and width % shape.tile == 0
+        assert width // (shape.warps * shape.lanes) <= 128
+        for m in (1, 5, 128, 300, 10**6):
+            found = schedules(m, dim)
+            assert default_schedule(m, dim) in found
+            assert all(s.rows in (1, shape.rows) and s.rows <= m for s in found)
+
+
+def test_no_rows() -> None:
+    y, s = rms_norm(jnp.zeros((0, 64), jnp.bfloat16), jnp.ones(64, jnp.bfloat16), eps=EPS)
+    assert y.shape == s.shape == (0, 64)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="float32"):
-        rms_norm(jnp.ones((2, 64)), jnp.ones(64), eps=EPS)
-    with pytest.raises(NotImplementedError, match="multiples of 8"):
-        rms_norm(jnp.ones((2, 60), jnp.bfloat16), jnp.ones(60, jnp.bfloat16), eps=EPS)
+    with pytest.raises(NotImplementedError, match="float32.*bfloat16"):
+        rms_norm(jnp.ones((2, 64)), jnp.ones(64, jnp.bfloat16), eps=EPS)
+    for dim in (60, 16392):
+        with pytest.raises(NotImplementedError, match="multiples of 8 up to 16384"):
+            rms_norm(jnp.ones((2, dim), jnp.bfloat16), jnp.ones(dim, jnp.bfloat16), eps=EPS)

@@ -1,0 +1,67 @@
+"""The kernels on rows as ptxas has them: nothing spilled, and nothing joined that was not named.
+
+A product and a sum that a compiler joins in one schedule and not in another would make two trees
+of one.
+"""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jdet.pallas_kernels.log_normalizer.mosaic_gpu import log_normalizer
+from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm, schedules
+
+
+@pytest.fixture
+def kernels(on_h100, tmp_path, monkeypatch):
+    """kernels(f, *arguments): by name, the count of each instruction and the bytes spilled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def compile_for_h100(f, *arguments):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        jax.jit(f).lower(*on_h100(arguments)).compile()
+        found = {}
+        for report in tmp_path.glob("*.ptxas"):
+            ptx = report.with_suffix(".ptx").read_text()
+            opcodes = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]*)", ptx, re.M)
+            spilled = re.findall(r"(\d+) bytes spill", report.read_text())
+            name = re.sub(r"_\d+$", "", report.stem)
+            found[name] = collections.Counter(opcodes), sum(map(int, spilled))
+        return found
+
+    return compile_for_h100
+
+
+@pytest.mark.parametrize("dim", [64, 128, 576, 4096, 12288])
+@pytest.mark.parametrize("residual", [True, False])
+def test_rms_norm(kernels, dim, residual):
+    for schedule in schedules(1000, dim):
+        x = jax.ShapeDtypeStruct((1000, dim), jnp.bfloat16)
+        weight = jax.ShapeDtypeStruct((dim,), jnp.bfloat16)
+
+        def norm(x, r, weight, schedule=schedule):
+            other = r if residual else None
+            return rms_norm(x, weight, eps=1e-5, residual=other, schedule=schedule)
+
+        [(opcodes, spilled)] = kernels(norm, x, x, weight).values()
+        assert spilled == 0
+        # That of the mean and eps. Squares are rounded before they are added.
+        assert opcodes["fma.rn.f32"] == schedule.tiles, schedule
+        assert opcodes["mul.rn.f32"] > 0
+
+
+@pytest.mark.parametrize("vocabulary", [49152, 50257, 151936])
+def test_log_normalizer(kernels, vocabulary):
+    found = kernels(log_normalizer, jax.ShapeDtypeStruct((3, vocabulary), jnp.float32))
+    opcodes, spilled = found["jdet_log_normalizer"]
+    assert spilled == 0 and opcodes["fma.rn.f32"] == 0
+    assert opcodes["ex2.approx.ftz.f32"] == 32
+    opcodes, spilled = found["jdet_log_normalizer_merge"]
+    # Those of libdevice's logarithm.
+    assert spilled == 0 and opcodes["mul.rn.f32"] > 0
