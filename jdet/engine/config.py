@@ -3,6 +3,7 @@
 import dataclasses
 
 SMALLEST_PAGE = 16
+_USUAL_LENGTH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,8 @@ class EngineConfig:
         context length.
       page_size: tokens a page of the cache holds; a multiple of 16 that divides the
         contract's kv_split.
-      num_pages: pages of the cache; None: enough for `max_batch_size` requests of
-        `max_model_len`.
+      num_pages: pages of the cache; None: enough for `max_batch_size` requests of 1024 tokens
+        and for one of `max_model_len`.
       chunk_sizes: lengths a chunk of a prompt is padded to; None: powers of 4 from 16 to
         what fits `max_tokens_per_step`. Each compiles a few programs.
       prefix_caching: keep the pages of finished requests for prompts that begin alike.
@@ -98,7 +99,11 @@ class EngineConfig:
             self,
             max_model_len=length,
             chunk_sizes=sizes if sizes and sizes[0] <= room else (room,),
-            num_pages=self.num_pages or self.max_batch_size * -(-length // self.page_size),
+            num_pages=self.num_pages
+            or max(
+                -(-length // self.page_size),
+                self.max_batch_size * -(-min(length, _USUAL_LENGTH) // self.page_size),
+            ),
         )
 
     @property

@@ -227,7 +227,7 @@ def test_shapes_are_few_and_fit_the_budget(batch: int) -> None:
     assert config.decode_sizes[-1] == batch
     assert len(config.chunk_shapes) <= 9
     assert all(rows * size <= config.max_tokens_per_step for rows, size in config.chunk_shapes)
-    assert config.num_pages == batch * 32
+    assert config.num_pages == max(batch * 16, 32)
 
 
 @pytest.mark.parametrize(
