@@ -3,8 +3,8 @@
     python scripts/soak_engine.py [--requests 10000] [--seed 0] [--json FILE]
         [--model M | --shape S] [--max-batch-size N] [--num-pages N] [--longest N] ...
 
-By default a tiny model with random weights; requests arrive alone and in bursts, with prompts that begin
-alike, parameters of every kind, and cancellations; the cache is too small for all of them.
+By default a tiny model with random weights. Requests arrive alone and in bursts, with prompts
+that begin alike, parameters of every kind, and cancellations; the cache is too small for all.
 Exit status 1 if any bit differs.
 """
 
