@@ -1,7 +1,7 @@
 """Whole models on one NVIDIA GPU: a request's bits alone against its bits in batches.
 
     python scripts/check_gpu_model.py [--implementation mosaic_gpu] [--json FILE]
-        [--batches 5,33,256] [--model PATH]
+        [--batches 5,33,256] [--only SmolLM2 Qwen3-8B] [--model PATH]
 
 Models: one of Qwen3-8B's widths (3 layers), one of SmolLM2's, random weights; with --model, real
 weights too. Requests of 1, 40, 253 and 601 tokens alone, against the same requests in batches
@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
 import numpy as np
+from timing import environment  # pyright: ignore[reportMissingImports]
 
 import jdet
-from jdet.environment import versions
 from jdet.models.config import CONFIGS, DecoderConfig
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams
@@ -94,22 +95,24 @@ def main() -> int:
     parser.add_argument("--implementation", default="mosaic_gpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batches", default="5,33,256")
+    parser.add_argument("--only", nargs="*", choices=("SmolLM2", "Qwen3-8B"))
     parser.add_argument("--model", help="real weights: a path or a name")
     args = parser.parse_args()
     sizes = [int(size) for size in args.batches.split(",")]
     result: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-        "command": "python scripts/check_gpu_model.py " + " ".join(sys.argv[1:]),
+        **environment(),
         "bits": [],
     }
-    qwen = dataclasses.replace(CONFIGS["Qwen3-8B"], num_hidden_layers=3)
-    small = DecoderConfig.from_hf(small_config(layers=3))
+    configs = {
+        "SmolLM2": DecoderConfig.from_hf(small_config(layers=3)),
+        "Qwen3-8B": dataclasses.replace(CONFIGS["Qwen3-8B"], num_hidden_layers=3),
+    }
     implementation = args.implementation
 
     def models() -> Iterator[tuple[str, LanguageModel]]:
-        for name, config in (("SmolLM2 widths, 3 layers", small), ("Qwen3-8B, 3 layers", qwen)):
-            yield name, jdet.random_model(config, implementation=implementation)
+        for name in args.only if args.only is not None else configs:
+            model = jdet.random_model(configs[name], implementation=implementation)
+            yield f"{name} widths, 3 layers", model
         if args.model:
             yield Path(args.model).name, jdet.load(args.model, implementation=implementation)
 

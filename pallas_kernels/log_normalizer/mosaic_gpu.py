@@ -29,7 +29,7 @@ of rows.
 Budget: registers: 32 logits a thread; ptxas uses 46 (71 where V is odd), so that 7 or more blocks
 share an SM, and spills none. Shared memory: 2 KiB for the reductions of the merge.
 
-Not run on a GPU yet.
+On an H100: bits in scripts/bench/results/h100-check-rows.json, times in h100-rows.json.
 
 Sources: Milakov & Gimelshein, arXiv:1805.02867 (online softmax); Mosaic GPU's reductions:
 jax/experimental/mosaic/gpu/fragmented_array.py.

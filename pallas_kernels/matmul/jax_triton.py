@@ -15,16 +15,14 @@ Sources: Triton's matrix multiplication tutorial for the form of such a kernel;
 github.com/jax-ml/jax-triton.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 try:
-    import jax_triton
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from jax_triton import triton_call  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
     raise ImportError(
         "the jax_triton matmul needs the extra: pip install 'jdet[triton]'"
@@ -126,8 +124,7 @@ def matmul(
             f"jax_triton matmul takes 1, 2, 4 or 8 leaves that divide K = {k}, got {leaves}"
         )
     _, bm, bn, bk, warps, stages = next(s for s in _SCHEDULES if m <= s[0])
-    call: Any = jax_triton.triton_call
-    return call(
+    return triton_call(
         x,
         w,
         x if bias is None else bias,

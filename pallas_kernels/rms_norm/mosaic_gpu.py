@@ -27,7 +27,7 @@ Budget: no shared memory but the 2 KiB of the sum over warps. Registers: the ele
 (at most 128) times `tiles`, in x's dtype until they are squared, in float32 after; and as many
 weights. ptxas spills none up to D = 12288 in 16 bits.
 
-Not run on a GPU yet.
+On an H100: bits in scripts/bench/results/h100-check-rows.json, times in h100-rows.json.
 
 Sources: Zhang & Sennrich, arXiv:1910.07467; Mosaic GPU's reductions:
 jax/experimental/mosaic/gpu/fragmented_array.py.

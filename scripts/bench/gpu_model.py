@@ -38,7 +38,7 @@ from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams, sampling_arrays
 
 STEPS = 16
-JNP_UP_TO = 8  # rows; from there jnp attention loses to cuDNN's (h100-qwen3-8b-first.json)
+JNP_UP_TO = 1  # rows; above, jnp attention loses to cuDNN's (h100-qwen3-8b-first.json)
 
 
 class CudnnOps(jdet.Ops):
@@ -51,7 +51,7 @@ class CudnnOps(jdet.Ops):
         mask = cudnn.MaskType.PADDING if length == 1 else cudnn.MaskType.PADDING_CAUSAL
         last = positions.max(axis=1)
         keys = k_cache.shape[2] if length == 1 else length
-        y = cudnn.dot_product_attention(
+        y: Any = cudnn.dot_product_attention(
             q.transpose(0, 2, 1, 3),
             k_cache[:, :, :keys],
             v_cache[:, :, :keys],
@@ -176,6 +176,7 @@ def decode_row(
             row[f"{name}_ms"] = statistics.median(run(STEPS) for _ in range(3)) / STEPS * 1e3
             if profile and name != "xla":
                 row[f"{name}_profile"] = kernels_of(lambda run=run: run(4), 4)
+            del run  # with its cache, before the next one is made
         except RuntimeError as error:
             row[f"{name}_error"] = str(error).splitlines()[0]
     return row

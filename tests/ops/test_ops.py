@@ -58,7 +58,7 @@ def heads(**other):
     return tuple({**HEADS, **other}.values())
 
 
-PAGES = {"k": zeros(9, 2, 16, 8), "v": zeros(9, 2, 16, 8)}
+HEAD_PAGES = {"k": zeros(9, 2, 16, 8), "v": zeros(9, 2, 16, 8)}
 WRONG_QKV_HEADS = {
     "values of another length": (heads(v=zeros(2, 2, 16, 8)), r"v_cache \(2, 2, 16, 8\)"),
     "cache of another dtype": (
@@ -71,9 +71,9 @@ WRONG_QKV_HEADS = {
     "table of the whole head": (heads(cos=zeros(2, 3, 8)), r"cos \(2, 3, 8\).*\(2, 3, 4\)"),
     "angles of a table": (heads(sin=zeros(9, 4)), r"sin \(9, 4\); must be \(2, 3, 4\)"),
     "positions": (heads(positions=zeros(2, 2)), r"positions \(2, 2\); must be \(2, 3\)"),
-    "other batch": (heads(**PAGES), "a cache of 9 rows for 2 rows"),
+    "other batch": (heads(**HEAD_PAGES), "a cache of 9 rows for 2 rows"),
     "pages of another batch": (
-        heads(**PAGES, page_table=zeros(3, 4)),
+        heads(**HEAD_PAGES, page_table=zeros(3, 4)),
         r"page_table \(3, 4\) for 2 rows",
     ),
 }
@@ -119,7 +119,7 @@ def test_checks_let_pass_what_fits():
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
     checks.check_qkv_heads(*heads())
-    checks.check_qkv_heads(*heads(**PAGES, page_table=zeros(2, 4)))
+    checks.check_qkv_heads(*heads(**HEAD_PAGES, page_table=zeros(2, 4)))
     checks.check_attention(Q, KV, KV, AT, 16)
     checks.check_attention(Q, PAGED, PAGED, AT, 32, zeros(2, 3, dtype=jnp.int32))
 
