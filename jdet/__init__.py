@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from jdet.compiler import jit as jit
     from jdet.contract import Contract as Contract
     from jdet.decoding import generate_tokens as generate_tokens
+    from jdet.engine.aio import AsyncEngine as AsyncEngine
+    from jdet.engine.config import EngineConfig as EngineConfig
+    from jdet.engine.engine import Engine as Engine
     from jdet.generation import Completion as Completion
     from jdet.generation import generate as generate
     from jdet.models.load import load as load
@@ -23,8 +26,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncEngine": "jdet.engine.aio",
     "Completion": "jdet.generation",
     "Contract": "jdet.contract",
+    "Engine": "jdet.engine.engine",
+    "EngineConfig": "jdet.engine.config",
     "Ops": "jdet.ops",
     "SamplingParams": "jdet.sampling",
     "compiler_options": "jdet.compiler",

@@ -1,4 +1,4 @@
-"""The command line: `jdet demo`, `jdet generate`, `jdet env`.
+"""The command line: `jdet demo`, `jdet generate`, `jdet run-batch`, `jdet env`.
 
 jax is imported inside the commands: `jdet --help` and a mistyped option answer at once.
 """
@@ -185,6 +185,52 @@ def generate(
         _stream(loaded, text, sampling, logprobs)
     if sampling.seed != asked.seed:
         print(f"seed {sampling.seed}", file=sys.stderr)
+
+
+@app.command("run-batch")
+def run_batch(
+    source: Annotated[
+        Path, typer.Option("--input", "-i", readable=False, help="Requests, one JSON a line.")
+    ],
+    target: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="Results, in the same order.")
+    ],
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "bfloat16",
+    max_batch_size: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
+    max_tokens_per_step: Annotated[int, typer.Option(help="Rows a step computes.")] = 512,
+    max_model_len: Annotated[
+        int, typer.Option(help="Tokens of prompt and completion together, at most.")
+    ] = 4096,
+    implementation: Annotated[
+        str | None, typer.Option(help="Default: the invariant one of this device.")
+    ] = None,
+) -> None:
+    """Run a file of requests: OpenAI's batch format, or {"prompt": ...} lines.
+
+    A result depends on its own line alone. A run that was killed goes on where it ended when it
+    is started again. Lines without max_tokens get 128 tokens at most; a line that cannot be
+    served has its error in its result.
+    """
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    _check_writable(target)
+    from jdet.batch.runner import BatchRunner
+    from jdet.engine.config import EngineConfig
+    from jdet.engine.engine import Engine
+
+    loaded = _load(model, dtype, implementation)
+    config = EngineConfig(
+        max_batch_size=max_batch_size,
+        max_tokens_per_step=max_tokens_per_step,
+        max_model_len=min(max_model_len, loaded.config.max_position_embeddings),
+    )
+    summary = BatchRunner(Engine(loaded, config), model, dtype).run(source, target)
+    print(
+        f"{target}: {summary.written + summary.found} results, {summary.found} of them from an "
+        f"earlier run; {summary.failed} of this run's lines failed",
+        file=sys.stderr,
+    )
 
 
 @app.command()

@@ -29,6 +29,17 @@ class DecoderConfig(CacheShape, Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
+class Group(NamedTuple):
+    """Rows with equally many tokens each, at consecutive positions; padding, at the end, has -1.
+
+    Without a page table the rows are those of a contiguous cache, and the only group.
+    """
+
+    tokens: Int32[Array, "B T"]
+    positions: Int32[Array, "B T"]
+    page_table: Int32[Array, "B N"] | None = None
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """What generation asks of a model (`jdet.models.decoder.Decoder` is one)."""
@@ -39,8 +50,8 @@ class Decoder(Protocol):
     def dtype(self) -> Any: ...
 
     def __call__(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache, ops: Ops
-    ) -> tuple[Float[Array, "B T D"], KVCache]: ...
+        self, groups: tuple[Group, ...], cache: KVCache, ops: Ops
+    ) -> tuple[tuple[Float[Array, "B T D"], ...], KVCache]: ...
 
     def logits(self, hidden: Float[Array, "*rows D"], ops: Ops) -> Float32[Array, "*rows V"]: ...
 
@@ -108,7 +119,8 @@ def prefill(
     """
     batch = prompts.shape[0]
     cache = create_cache(decoder.config, batch, cache_length, decoder.dtype, cache_fill)
-    hidden, cache = decoder(prompts, prompt_positions(prompts, prompt_lengths), cache, ops)
+    group = Group(prompts, prompt_positions(prompts, prompt_lengths))
+    (hidden,), cache = decoder((group,), cache, ops)
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     state = DecodeState(
         cache=cache,
@@ -139,7 +151,7 @@ def decode(
         done, state = carry
         # The last token stands behind the prompt and the count - 1 tokens before it.
         position = (state.prompt_lengths + state.count - 1)[:, None]
-        hidden, cache = decoder(state.last_token[:, None], position, state.cache, ops)
+        (hidden,), cache = decoder((Group(state.last_token[:, None], position),), state.cache, ops)
         logits = decoder.logits(hidden[:, 0], ops)
         return done + 1, _emit(state._replace(cache=cache), logits, sampling, ops)
 

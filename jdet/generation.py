@@ -11,7 +11,9 @@ import numpy as np
 from jdet.compiler import check_environment, jit
 from jdet.decoding import Decoder, DecodeState, decode, prefill, round_up
 from jdet.ops import Ops
-from jdet.sampling import SamplingParams, sampling_arrays
+from jdet.sampling import SamplingParams, bias_pairs, sampling_arrays
+
+type TopLogprobs = dict[int, float]
 
 
 @runtime_checkable
@@ -38,6 +40,10 @@ class Completion:
       finish_reason: "stop" (end token, stop token or stop string) or "length".
       seed: the seed of its noise; None at temperature 0.
       fingerprint: of the contract and implementation that made the bits.
+      top_logprobs: at each generated token the most probable ones, best first, where
+        `SamplingParams.logprobs` asks for them.
+      prompt_logprobs, prompt_top_logprobs: of the prompt's tokens from the second on, as
+        `score` gives them, where `SamplingParams.prompt_logprobs` asks for them.
     """
 
     prompt_index: int
@@ -49,6 +55,9 @@ class Completion:
     finish_reason: str
     seed: int | None
     fingerprint: str
+    top_logprobs: list[TopLogprobs] | None = None
+    prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[TopLogprobs] | None = None
 
 
 def bucket(value: int, smallest: int) -> int:
@@ -83,68 +92,119 @@ class _Request:
     shown: int = 0
 
 
+def encode_prompt(
+    model: LanguageModel, prompt: str | Sequence[int], params: SamplingParams, name: str = "prompt"
+) -> list[int]:
+    """The prompt's token ids, once it and its parameters are known to fit the model.
+
+    Raises:
+      ValueError: they do not; the message begins with `name`.
+    """
+    limit, vocab = model.decoder.config.max_position_embeddings, model.decoder.config.vocab_size
+    if isinstance(prompt, str) and model.tokenizer is None:
+        raise ValueError(f"{name} is text and the model has no tokenizer; give ids")
+    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise ValueError(f"{name} is empty; allowed: at least one token")
+    if not all(0 <= t < vocab for t in ids):
+        raise ValueError(f"{name} has token ids outside 0..{vocab - 1}")
+    if len(ids) + params.max_tokens > limit:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens, and max_tokens={params.max_tokens}; "
+            f"together at most {limit}, the model's context length"
+        )
+    if params.stop and model.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, and the model has none")
+    if any(token >= vocab for token, _ in bias_pairs(params.logit_bias)):
+        raise ValueError(f"logit_bias has token ids outside 0..{vocab - 1}")
+    return ids
+
+
+def requests_of(
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+) -> list[tuple[str | Sequence[int], SamplingParams]]:
+    """Pairs of a prompt and its parameters.
+
+    Raises:
+      ValueError: one string for a list of them; lists of different lengths.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; allowed: a list of strings or of token ids")
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(params)} SamplingParams for {len(prompts)} prompts")
+    return list(zip(prompts, params, strict=True))
+
+
 def _requests(
     model: LanguageModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     sampling: SamplingParams | Sequence[SamplingParams],
 ) -> list[_Request]:
     """Check everything the user gave, before any work starts."""
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string; allowed: a list of strings or of token ids")
-    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-    if len(params) != len(prompts):
-        raise ValueError(f"{len(params)} SamplingParams for {len(prompts)} prompts")
-    limit, vocab = model.decoder.config.max_position_embeddings, model.decoder.config.vocab_size
     requests = []
-    for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        if isinstance(prompt, str) and model.tokenizer is None:
-            raise ValueError(f"prompt {index} is text and the model has no tokenizer; give ids")
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ValueError(f"prompt {index} is empty; allowed: at least one token")
-        if not all(0 <= t < vocab for t in ids):
-            raise ValueError(f"prompt {index} has token ids outside 0..{vocab - 1}")
-        if len(ids) + p.max_tokens > limit:
+    for index, (prompt, p) in enumerate(requests_of(prompts, sampling)):
+        if p.logprobs is not None or p.prompt_logprobs is not None:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens, and max_tokens={p.max_tokens}; "
-                f"together at most {limit}, the model's context length"
+                f"prompt {index} asks for logprobs or prompt_logprobs, which jdet.Engine gives"
             )
-        if p.stop and model.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and the model has none")
+        ids = encode_prompt(model, prompt, p, f"prompt {index}")
         seeded = p.with_seed()
         requests += [_Request(index, i, ids, seeded) for i in range(p.n)]
     return requests
 
 
-def _stop_string_end(model: LanguageModel, ids: list[int], stops: Sequence[str]) -> int | None:
-    """How many of `ids` until the first stop string is complete; None while there is none."""
-    if not stops or not any(s in model.tokenizer.decode(ids) for s in stops):
+def stop_string_end(tokenizer: Any, ids: list[int], params: SamplingParams) -> int | None:
+    """How many of `ids` until the first stop string is complete; None while there is none.
+
+    One that is complete within the first `min_tokens` is passed over.
+    """
+    if not params.stop:
         return None
-    return next(
-        i + 1
-        for i in range(len(ids))
-        if any(s in model.tokenizer.decode(ids[: i + 1]) for s in stops)
-    )
+    text = tokenizer.decode(ids)
+    if not any(s in text for s in params.stop):
+        return None
+    held = tokenizer.decode(ids[: params.min_tokens])
+    for i in range(params.min_tokens, len(ids)):
+        text = tokenizer.decode(ids[: i + 1])
+        if _stop_string_start(text, len(held), params.stop) is not None:
+            return i + 1
+    return None
+
+
+def _stop_string_start(text: str, held: int, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins that ends behind the first `held` characters."""
+    starts = (text.find(s, max(0, held - len(s) + 1)) for s in stops)
+    return min((start for start in starts if start >= 0), default=None)
+
+
+def completion_text(tokenizer: Any, ids: list[int], params: SamplingParams, *, cut: bool) -> str:
+    """The text of `ids`; `cut`: they end with a stop string, which is left out."""
+    if tokenizer is None:
+        return ""
+    text = tokenizer.decode(ids)
+    if not cut:
+        return text
+    held = tokenizer.decode(ids[: params.min_tokens])
+    return text[: _stop_string_start(text, len(held), params.stop)]
 
 
 def _finish(
     model: LanguageModel, request: _Request, ids: list[int], logprobs: list[float], stopped: bool
 ) -> Completion:
-    end = _stop_string_end(model, ids, request.params.stop)
-    if end is not None:
-        ids, logprobs, stopped = ids[:end], logprobs[:end], True
-    text = model.tokenizer.decode(ids) if model.tokenizer is not None else ""
-    if end is not None:
-        text = text[: min(text.index(s) for s in request.params.stop if s in text)]
+    params = request.params
+    end = stop_string_end(model.tokenizer, ids, params)
+    ids, logprobs = ids[:end], logprobs[:end]
     return Completion(
         prompt_index=request.prompt_index,
         sample_index=request.sample_index,
         prompt_token_ids=request.prompt,
         token_ids=ids,
-        text=text,
+        text=completion_text(model.tokenizer, ids, params, cut=end is not None),
         logprobs=logprobs,
-        finish_reason="stop" if stopped else "length",
-        seed=request.params.seed,
+        finish_reason="stop" if stopped or end is not None else "length",
+        seed=params.seed,
         fingerprint=model.ops.fingerprint,
     )
 
@@ -185,7 +245,7 @@ def _run_batch(
         active = False
         for i, request in enumerate(batch):
             own = ids[i, : count[i]].tolist()
-            cut = _stop_string_end(model, own, request.params.stop)
+            cut = stop_string_end(model.tokenizer, own, request.params)
             if on_tokens is not None:
                 on_tokens(request.prompt_index, request.sample_index, own[request.shown : cut])
             request.shown = len(own) if cut is None else cut

@@ -6,7 +6,7 @@ recompiles nothing, and a row's token does not see its neighbours' parameters.
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jdet.pallas_kernels.trees import exp, tree_sum
 from jdet.rng import MAX_SEED, gumbel
 
 _MAX_INT32 = 2**31 - 1
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,15 @@ class SamplingParams:
       min_p: drop tokens less probable than min_p times the most probable one; 0 is off.
       seed: 0..2**64-1. None draws one when temperature > 0; the completion reports it.
       max_tokens: tokens to generate at most.
+      min_tokens: tokens to generate before anything but max_tokens may end it.
       stop: strings that end the completion; not part of its text.
       stop_token_ids: token ids that end it, besides the tokenizer's end tokens.
       ignore_eos: do not end at the tokenizer's end tokens.
+      logit_bias: token id to what is added to its logit, -100..100, before all else that
+        chooses a token. Log-probs are those of the model, without it.
+      logprobs: most probable tokens to report at each generated one, 0..20; None is off.
+      prompt_logprobs: report the prompt's log-probs too, each with so many most probable
+        tokens, 0..20; None is off.
 
     Raises:
       ValueError: a value outside its range; the message names it and the range.
@@ -48,17 +56,21 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 128
-    # Both are stored as tuples.
+    min_tokens: int = 0
+    # These are stored as tuples, the mapping as pairs in the order of token ids.
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for name, low in (("n", 1), ("top_k", 0), ("max_tokens", 1)):
+        for name, low in (("n", 1), ("top_k", 0), ("max_tokens", 1), ("min_tokens", 0)):
             value = getattr(self, name)
             capped = name != "n"
             if not _is_int(value) or value < low or (capped and value > _MAX_INT32):
@@ -85,6 +97,15 @@ class SamplingParams:
                 f"stop_token_ids={self.stop_token_ids!r}; allowed: token ids from 0 to 2**31-1"
             )
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens}; allowed: 0 to max_tokens={self.max_tokens}"
+            )
+        object.__setattr__(self, "logit_bias", bias_pairs(self.logit_bias))
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not (_is_int(value) and 0 <= value <= MAX_TOP_LOGPROBS):
+                raise ValueError(f"{name}={value!r}; allowed: None, integers 0..{MAX_TOP_LOGPROBS}")
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"n={self.n} with temperature=0 would give {self.n} equal completions; "
@@ -109,6 +130,21 @@ def _check_number(name: str, value: object, allowed: str, holds: Callable[[Any],
         raise ValueError(f"{name}={value!r}; allowed: {allowed}")
 
 
+def bias_pairs(
+    bias: Mapping[int, float] | Sequence[tuple[int, float]] | None,
+) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) in the order of ids."""
+    try:
+        pairs = dict(bias or {})
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias={bias!r}; allowed: a mapping from token ids") from None
+    if not all(_is_int(token) and 0 <= token <= _MAX_INT32 for token in pairs):
+        raise ValueError(f"logit_bias={bias!r}; allowed: token ids from 0 to 2**31-1")
+    for value in pairs.values():
+        _check_number("logit_bias", value, "-100 to 100", lambda v: abs(v) <= MAX_LOGIT_BIAS)
+    return tuple(sorted((int(token), float(value)) for token, value in pairs.items()))
+
+
 class SamplingArrays(NamedTuple):
     """Sampling parameters of a batch, one row each; a pytree of arrays."""
 
@@ -119,8 +155,49 @@ class SamplingArrays(NamedTuple):
     seed: UInt32[Array, "B 2"]
     sample_index: Int32[Array, " B"]
     max_tokens: Int32[Array, " B"]
-    # Token ids that end a row, filled up with -1.
+    min_tokens: Int32[Array, " B"]
+    # Token ids that end a row, and those that are biased; both filled up with -1.
     stop_token_ids: Int32[Array, "B E"]
+    biased_token_ids: Int32[Array, "B L"]
+    logit_bias: Float32[Array, "B L"]
+
+
+def sampling_rows(
+    params: Sequence[SamplingParams],
+    *,
+    eos_token_ids: Sequence[int] = (),
+    sample_index: Sequence[int] | None = None,
+    stop_width: int = 8,
+    bias_width: int = 8,
+) -> dict[str, np.ndarray]:
+    """The fields of `SamplingArrays`; rows that ask for more than a width make it wider.
+
+    Raises:
+      ValueError: a row with temperature > 0 has no seed.
+    """
+    for p in params:
+        if p.temperature > 0 and p.seed is None:
+            raise ValueError("seed=None with temperature > 0; call with_seed() or give a seed")
+    stops = [stop_tokens(p, eos_token_ids) for p in params]
+    biases = [bias_pairs(p.logit_bias) for p in params]
+    stop_width = max(stop_width, *(len(s) for s in stops))
+    bias_width = max(bias_width, *(len(b) for b in biases))
+    ids = [[token for token, _ in b] + [-1] * (bias_width - len(b)) for b in biases]
+    values = [[value for _, value in b] + [0.0] * (bias_width - len(b)) for b in biases]
+    seeds = [p.seed or 0 for p in params]
+    return {
+        "temperature": np.array([p.temperature for p in params], np.float32),
+        "top_k": np.array([p.top_k for p in params], np.int32),
+        "top_p": np.array([p.top_p for p in params], np.float32),
+        "min_p": np.array([p.min_p for p in params], np.float32),
+        "seed": np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+        "sample_index": np.array(sample_index or [0] * len(params), np.int32),
+        "max_tokens": np.array([p.max_tokens for p in params], np.int32),
+        "min_tokens": np.array([p.min_tokens for p in params], np.int32),
+        "stop_token_ids": np.array([s + [-1] * (stop_width - len(s)) for s in stops], np.int32),
+        "biased_token_ids": np.array(ids, np.int32),
+        "logit_bias": np.array(values, np.float32),
+    }
 
 
 def sampling_arrays(
@@ -131,26 +208,32 @@ def sampling_arrays(
 ) -> SamplingArrays:
     """Pack one `SamplingParams` a row (its `n` is not looked at; give a row per sample).
 
+    The widths are those of all but exotic requests, so that a stop token more recompiles
+    nothing.
+
     Raises:
       ValueError: a row with temperature > 0 has no seed.
     """
-    for p in params:
-        if p.temperature > 0 and p.seed is None:
-            raise ValueError("seed=None with temperature > 0; call with_seed() or give a seed")
-    stops = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}) for p in params]
-    # One width for all but exotic requests, so that a stop token more recompiles nothing.
-    width = max(8, *(len(s) for s in stops))
-    seeds = [p.seed or 0 for p in params]
-    return SamplingArrays(
-        temperature=jnp.array([p.temperature for p in params], jnp.float32),
-        top_k=jnp.array([p.top_k for p in params], jnp.int32),
-        top_p=jnp.array([p.top_p for p in params], jnp.float32),
-        min_p=jnp.array([p.min_p for p in params], jnp.float32),
-        seed=jnp.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], jnp.uint32),
-        sample_index=jnp.array(sample_index or [0] * len(params), jnp.int32),
-        max_tokens=jnp.array([p.max_tokens for p in params], jnp.int32),
-        stop_token_ids=jnp.array([s + [-1] * (width - len(s)) for s in stops], jnp.int32),
-    )
+    rows = sampling_rows(params, eos_token_ids=eos_token_ids, sample_index=sample_index)
+    return SamplingArrays(**{name: jnp.asarray(values) for name, values in rows.items()})
+
+
+def stop_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
+    """The tokens that end a completion, ascending."""
+    return sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
+
+
+def _adjusted(
+    logits: Float32[Array, "B V"], s: SamplingArrays, position: Int32[Array, " B"]
+) -> Float32[Array, "B V"]:
+    """Logits with logit_bias, and none left for end tokens before min_tokens."""
+    row = jnp.arange(logits.shape[0])[:, None]
+    # -1 would count from the end; past the end it is dropped.
+    past = logits.shape[1]
+    biased = jnp.where(s.biased_token_ids < 0, past, s.biased_token_ids)
+    logits = logits.at[row, biased].add(s.logit_bias, mode="drop")
+    held = (position < s.min_tokens)[:, None] & (s.stop_token_ids >= 0)
+    return logits.at[row, jnp.where(held, s.stop_token_ids, past)].set(-jnp.inf, mode="drop")
 
 
 def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"]:
@@ -170,36 +253,76 @@ def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"
     return jnp.take_along_axis(keep, rank_of_token, axis=-1)
 
 
+class Asks(NamedTuple):
+    """What some row of a batch asks for: known (bool) while tracing, or found by the device."""
+
+    noise: bool | Bool[Array, ""]
+    truncation: bool | Bool[Array, ""]
+    adjustment: bool | Bool[Array, ""]  # logit_bias, or min_tokens not reached yet
+
+
+def asks_of(s: SamplingArrays, position: Int32[Array, " B"]) -> Asks:
+    """What the rows ask for at these positions."""
+    hot = s.temperature > 0
+    return Asks(
+        noise=hot.any(),
+        truncation=_truncated(s).any(),
+        adjustment=((position < s.min_tokens) | (s.biased_token_ids >= 0).any(axis=-1)).any(),
+    )
+
+
+def _truncated(s: SamplingArrays) -> Bool[Array, " B"]:
+    return (s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
+
+
+def _where_asked[T](
+    asked: bool | Bool[Array, ""], run: Callable[[], T], skip: Callable[[], T]
+) -> T:
+    if isinstance(asked, bool):
+        return run() if asked else skip()
+    return lax.cond(asked, run, skip)
+
+
 def sample(
     logits: Float32[Array, "B V"],
     normalizer: LogNormalizer,
     s: SamplingArrays,
     position: Int32[Array, " B"],
+    asks: Asks | None = None,
 ) -> Int32[Array, " B"]:
     """The next token of each row; `position` counts the row's own completion from 0.
 
-    `normalizer` is that of the logits: its argmax is the token of temperature 0.
+    `normalizer` is that of the logits: its argmax is the token of temperature 0
+    where nothing is biased.
 
     temperature > 0 takes the maximum of logits / temperature + Gumbel noise over the tokens
     that min_p, top_k and top_p leave (Gumbel-max trick); noise is that of `rng.gumbel`, by
-    token id. Sorting and noise run only when a row of the batch asks for them, and change
-    nothing in the rows that do not.
+    token id. Biases, sorting and noise run only when a row of the batch asks for them, and
+    change nothing in the rows that do not. `asks` says so where the caller knows; it may ask
+    for more than the rows do.
     """
-    greedy = normalizer.argmax
+    asks = asks_of(s, position) if asks is None else asks
+
+    def adjusted() -> tuple[Array, Array, Array]:
+        x = _adjusted(logits, s, position)
+        return x, x.max(axis=-1), jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+    logits, maximum, greedy = _where_asked(
+        asks.adjustment, adjusted, lambda: (logits, normalizer.maximum, normalizer.argmax)
+    )
 
     def draw() -> Int32[Array, " B"]:
         hot = s.temperature > 0
         # From the row's maximum down, so that a low temperature makes no infinity of it.
-        below = logits - normalizer.maximum[:, None]
+        below = logits - maximum[:, None]
         scaled = below / jnp.where(hot, s.temperature, 1)[:, None]
-        truncated = hot & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
-        keep = lax.cond(
-            truncated.any(),
-            lambda: _kept(scaled, s) | ~truncated[:, None],
+        keep = _where_asked(
+            asks.truncation,
+            lambda: _kept(scaled, s) | ~_truncated(s)[:, None],
             lambda: jnp.ones(scaled.shape, bool),
         )
         noisy = scaled + gumbel(s.seed, s.sample_index, position, logits.shape[-1])
         drawn = jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1).astype(jnp.int32)
         return jnp.where(hot, drawn, greedy)
 
-    return lax.cond((s.temperature > 0).any(), draw, lambda: greedy)
+    return _where_asked(asks.noise, draw, lambda: greedy)

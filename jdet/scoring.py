@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jdet.cache import create_cache
 from jdet.compiler import check_environment, jit
-from jdet.decoding import Decoder, prompt_positions, round_up
+from jdet.decoding import Decoder, Group, prompt_positions, round_up
 from jdet.generation import LanguageModel, bucket
 from jdet.ops import Ops
 
@@ -29,7 +29,7 @@ def score_tokens(
     batch, length = tokens.shape
     cache_length = round_up(length, ops.contract.kv_split)
     cache = create_cache(decoder.config, batch, cache_length, decoder.dtype)
-    hidden, _ = decoder(tokens, prompt_positions(tokens, lengths), cache, ops)
+    (hidden,), _ = decoder((Group(tokens, prompt_positions(tokens, lengths)),), cache, ops)
     # Position t is predicted from the hidden state at t - 1.
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = tokens[:, 1:].reshape(-1)

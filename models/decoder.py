@@ -1,5 +1,7 @@
 """The decoder of the Llama and Qwen3 dense families, in Flax NNX."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -7,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jdet.cache import KVCache
+from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
 from jdet.ops import Ops
 
@@ -32,6 +35,22 @@ def _norm(size: int, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jnp.ones(size, dtype))
 
 
+class Placed(NamedTuple):
+    """Where the tokens of a group stand; in the order of groups they are rows of one matrix."""
+
+    positions: Int32[Array, "B T"]
+    page_table: Int32[Array, "B N"] | None
+    cos: Float32[Array, "B T half"]
+    sin: Float32[Array, "B T half"]
+
+
+def _split(x: Float[Array, "R D"], groups: tuple[Placed, ...]) -> list[Float[Array, "B T D"]]:
+    """The rows of each group."""
+    ends = np.cumsum([g.positions.size for g in groups])
+    parts = jnp.split(x, ends[:-1].tolist())
+    return [part.reshape(*g.positions.shape, -1) for part, g in zip(parts, groups, strict=True)]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; query, key and value projections are one matrix."""
 
@@ -46,25 +65,32 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        rope: tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]],
-        positions: Int32[Array, "B T"],
-        cache: tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]],
+        x: Float[Array, "R D"],
+        groups: tuple[Placed, ...],
+        cache: tuple[Float[Array, "P N S H"], Float[Array, "P N S H"]],
         ops: Ops,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        # The cache holds the new entries before attention reads it: one path for all.
-        q, k_cache, v_cache = ops.qkv_heads(
-            ops.matmul(x, self.qkv[...]),
-            None if self.q_norm is None else self.q_norm[...],
-            None if self.k_norm is None else self.k_norm[...],
-            *rope,
-            positions,
-            *cache,
-            eps=self.config.rms_norm_eps,
-        )
-        y = ops.attention(q, k_cache, v_cache, positions)
-        y = ops.matmul(y.reshape(*x.shape[:2], -1), self.out[...], k_sharded=True)
-        return y, (k_cache, v_cache)
+    ) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
+        k, v = cache
+        queries, outputs = [], []
+        # The cache holds all new entries before attention reads it: one path for all.
+        for group, qkv in zip(groups, _split(ops.matmul(x, self.qkv[...]), groups), strict=True):
+            q, k, v = ops.qkv_heads(
+                qkv,
+                None if self.q_norm is None else self.q_norm[...],
+                None if self.k_norm is None else self.k_norm[...],
+                group.cos,
+                group.sin,
+                group.positions,
+                k,
+                v,
+                eps=self.config.rms_norm_eps,
+                page_table=group.page_table,
+            )
+            queries.append(q)
+        for group, q in zip(groups, queries, strict=True):
+            y = ops.attention(q, k, v, group.positions, page_table=group.page_table)
+            outputs.append(y.reshape(group.positions.size, -1))
+        return ops.matmul(jnp.concatenate(outputs), self.out[...], k_sharded=True), (k, v)
 
 
 class MLP(nnx.Module):
@@ -75,7 +101,7 @@ class MLP(nnx.Module):
         self.gate_up = _weight(rngs, (2 * inner, hidden), dtype)
         self.down = _weight(rngs, (hidden, inner), dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "R D"], ops: Ops) -> Float[Array, "R D"]:
         inner = ops.gated_matmul(x, self.gate_up[...])
         return ops.matmul(inner, self.down[...], k_sharded=True)
 
@@ -92,17 +118,16 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        branch: Float[Array, "B T D"],
-        residual: Float[Array, "B T D"] | None,
-        rope: tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]],
-        positions: Int32[Array, "B T"],
+        branch: Float[Array, "R D"],
+        residual: Float[Array, "R D"] | None,
+        groups: tuple[Placed, ...],
         cache: tuple[Array, Array],
         ops: Ops,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], tuple[Array, Array]]:
         x, residual = ops.rms_norm(
             branch, self.attention_norm[...], eps=self.eps, residual=residual
         )
-        branch, cache = self.attention(x, rope, positions, cache, ops)
+        branch, cache = self.attention(x, groups, cache, ops)
         x, residual = ops.rms_norm(branch, self.mlp_norm[...], eps=self.eps, residual=residual)
         return self.mlp(x, ops), residual, cache
 
@@ -134,25 +159,29 @@ class Decoder(nnx.Module):
         self.rope_cos, self.rope_sin = RopeTable(jnp.asarray(cos)), RopeTable(jnp.asarray(sin))
 
     def __call__(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache, ops: Ops
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Read T tokens a row at consecutive `positions`; padding, at a row's end, has -1.
+        self, groups: tuple[Group, ...], cache: KVCache, ops: Ops
+    ) -> tuple[tuple[Float[Array, "B T D"], ...], KVCache]:
+        """Read the tokens of all groups: each weight is read once, attention runs by group.
 
-        Returns the normalised hidden states and the cache with the tokens' keys and values
-        in their slots; padding writes nothing.
+        Returns the normalised hidden states of each group and the cache with the tokens' keys
+        and values in their slots; padding writes nothing.
         """
-        at = jnp.maximum(positions, 0)  # what padding reads is not used
-        rope = (self.rope_cos[...][at], self.rope_sin[...][at])
+        placed = tuple(self._placed(group) for group in groups)
+        tokens = jnp.concatenate([group.tokens.reshape(-1) for group in groups])
         branch, residual = ops.embed(tokens, self.embedding[...]), None
         k, v = list(cache.k), list(cache.v)
         for i, layer in enumerate(self.layers):
-            branch, residual, (k[i], v[i]) = layer(
-                branch, residual, rope, positions, (k[i], v[i]), ops
-            )
+            branch, residual, (k[i], v[i]) = layer(branch, residual, placed, (k[i], v[i]), ops)
         hidden, _ = ops.rms_norm(
             branch, self.norm[...], eps=self.config.rms_norm_eps, residual=residual
         )
-        return hidden, KVCache(tuple(k), tuple(v))
+        return tuple(_split(hidden, placed)), KVCache(tuple(k), tuple(v))
+
+    def _placed(self, group: Group) -> Placed:
+        at = jnp.maximum(group.positions, 0)  # what padding reads is not used
+        return Placed(
+            group.positions, group.page_table, self.rope_cos[...][at], self.rope_sin[...][at]
+        )
 
     def logits(self, hidden: Float[Array, "*rows D"], ops: Ops) -> Float32[Array, "*rows V"]:
         """Logits of normalised hidden states, float32, not rounded to the model's dtype."""

@@ -13,7 +13,7 @@ import jdet
 # hook below cannot wrap. With the root on jdet's path, Python's own finder has them first.
 jdet.__path__.append(str(pathlib.Path(__file__).parents[1]))
 # The modules that take and give arrays; user input has checks of its own, with messages.
-CHECKED = ("cache", "decoding", "models", "ops", "pallas_kernels", "rng", "scoring")
+CHECKED = ("cache", "decoding", "engine.step", "models", "ops", "pallas_kernels", "rng", "scoring")
 jaxtyping.install_import_hook([f"jdet.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", False)

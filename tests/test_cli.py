@@ -279,3 +279,43 @@ def test_stop_strings_never_show(text, stops, step):
         shown += stream.push([ord(c) for c in tokens[at : at + step]])
         assert wanted.startswith(shown)
     assert shown + stream.finish(wanted) == wanted
+
+
+# jdet run-batch
+
+
+SMALL = ("--max-batch-size", "2", "--max-tokens-per-step", "18", "--max-model-len", "128")
+
+
+def test_run_batch_answers_prompts_and_chats_with_what_generate_says(tiny, run, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    sampling = {"temperature": 0, "max_tokens": 5}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
+    lines = [
+        {"prompt": "hi", **sampling},
+        {"custom_id": "c", "url": "/v1/chat/completions", "body": {**chat, **sampling}},
+        {"prompt": "hi", "temperature": "hot"},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("run-batch", "-i", str(source), "-o", str(target), "--model", tiny, *SMALL)
+    assert done.status == 0 and "3 results" in done.err and "1 of this run's lines" in done.err
+    plain, answer, bad = (json.loads(line) for line in target.read_text().splitlines())
+    for arguments, text in (
+        (["--raw"], plain["response"]["body"]["choices"][0]["text"]),
+        ([], answer["response"]["body"]["choices"][0]["message"]["content"]),
+    ):
+        options = ["--temperature", "0", "--max-tokens", "5", "--json", "--model", tiny]
+        printed = run("generate", "hi", *options, *arguments)
+        assert json.loads(printed.out)["completions"][0]["text"] == text
+    entries = answer["response"]["body"]["choices"][0]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [2] * len(entries)
+    assert "temperature='hot'" in bad["error"]["message"]
+
+
+def test_run_batch_refuses_what_it_cannot_read_or_write(tiny, run, tmp_path):
+    source = tmp_path / "in.jsonl"
+    missing = run("run-batch", "-i", str(source), "-o", str(tmp_path / "out"), "--model", tiny)
+    assert_refused(missing, "in.jsonl: no such file")
+    source.write_text('{"prompt": "hi"}\n')
+    folder = str(tmp_path / "none" / "out")
+    assert_refused(run("run-batch", "-i", str(source), "-o", folder, "--model", tiny), "no folder")

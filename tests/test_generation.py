@@ -130,6 +130,12 @@ def test_the_core_runs_under_a_users_own_jit() -> None:
         ("text", None, "one string"),
         ([[1], [2]], [SamplingParams()], "1 SamplingParams for 2 prompts"),
         ([[1]], SamplingParams(stop=("x",)), "stop strings need a tokenizer"),
+        (
+            [[1]],
+            SamplingParams(logit_bias={1536: 1}),
+            r"logit_bias has token ids outside 0\.\.1535",
+        ),
+        ([[1]], SamplingParams(logprobs=1), "prompt 0 asks for logprobs.* jdet.Engine gives"),
     ],
 )
 def test_bad_requests_are_refused_by_name(prompts, sampling, message: str) -> None:

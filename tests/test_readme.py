@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -37,7 +37,7 @@ def test_files_it_names_exist() -> None:
 def test_commands_it_names_exist() -> None:
     from jdet.cli import app
 
-    for command in sorted(set(re.findall(r"`jdet (\w+)", README))):
+    for command in sorted(set(re.findall(r"`jdet ([\w-]+)", README))):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0, command
 

@@ -11,10 +11,13 @@ import pytest
 from jdet.compiler import jit
 from jdet.ops import Ops
 from jdet.rng import MAX_SEED, gumbel
-from jdet.sampling import SamplingParams, sample, sampling_arrays
+from jdet.sampling import Asks, SamplingParams, sample, sampling_arrays
 
 VOCABULARY = 300
-draw = jit(lambda logits, s, at: sample(logits, Ops().log_normalizer(logits), s, at))
+draw = jit(
+    lambda logits, s, at, asks=None: sample(logits, Ops().log_normalizer(logits), s, at, asks),
+    static_argnums=3,
+)
 noise = jit(functools.partial(gumbel, vocab_size=VOCABULARY))
 
 
@@ -22,6 +25,10 @@ def logits_of(seed, batch, vocabulary=VOCABULARY):
     """Random logits, spread as a model's."""
     x = np.random.default_rng(seed).standard_normal((batch, vocabulary))
     return (3 * x).astype(np.float32)
+
+
+def draw_tokens(logits, params, position, asks=None):
+    return np.asarray(draw(logits, sampling_arrays(params), position, asks))
 
 
 def mixed(batch):
@@ -63,6 +70,12 @@ def untyped(**values: Any) -> SamplingParams:
             ((-1,), (1.0,), ("a",), (True,), (3, 2**31)),
             r"token ids from 0 to 2\*\*31-1",
         ),
+        ("min_tokens", (-1, 1.0, None), r"integers from 0 to 2\*\*31-1"),
+        ("min_tokens", (129,), "0 to max_tokens=128"),
+        ("logprobs", (-1, 21, True, 1.0), r"None, integers 0\.\.20"),
+        ("prompt_logprobs", (-1, 21, "5"), r"None, integers 0\.\.20"),
+        ("logit_bias", ([1, 2], 5), "a mapping from token ids"),
+        ("logit_bias", ({-1: 1.0}, {"a": 1.0}, {2**31: 1.0}), r"token ids from 0 to 2\*\*31-1"),
     ],
 )
 def test_value_outside_its_range(name, values, allowed):
@@ -78,6 +91,46 @@ def test_values_at_the_ends_of_their_ranges():
     SamplingParams(n=9, temperature=1e-4, top_p=1e-6, top_k=10**6, min_p=1, seed=MAX_SEED)
     SamplingParams(temperature=1e4)
     untyped(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint64(MAX_SEED))
+
+
+def test_a_bias_lies_within_100_and_is_kept_in_the_order_of_ids():
+    for value in (-100.1, 101, float("nan"), "1", None, True):
+        with pytest.raises(ValueError, match="logit_bias=.*; allowed: -100 to 100"):
+            untyped(logit_bias={5: value})
+    params = untyped(logit_bias={7: 1, np.int64(3): -100.0})
+    assert params.logit_bias == ((3, -100.0), (7, 1.0))
+    assert dataclasses.replace(params, n=1) == params
+
+
+def test_bias_and_min_tokens_change_their_own_rows_alone():
+    logits, position = logits_of(3, 8), jnp.full(8, 2, jnp.int32)
+    plain = mixed(8)
+    best = int(np.argmax(logits[0]))
+    asking = list(plain)
+    asking[0] = dataclasses.replace(plain[0], logit_bias={best: -100.0})
+    asking[3] = dataclasses.replace(plain[3], logit_bias={11: 100.0})
+    asking[7] = dataclasses.replace(
+        plain[7], temperature=0, min_tokens=3, stop_token_ids=(int(np.argmax(logits[7])),)
+    )
+    without = draw_tokens(logits, plain, position)
+    with_them = draw_tokens(logits, asking, position)
+    others = [1, 2, 4, 5, 6]
+    assert (with_them[others] == without[others]).all()
+    assert with_them[0] == np.argsort(logits[0])[-2]
+    assert with_them[3] == 11
+    assert with_them[7] == np.argsort(logits[7])[-2]
+    reached = draw_tokens(logits, asking, position + 1)
+    assert reached[7] == np.argmax(logits[7])
+
+
+def test_what_the_caller_knows_of_the_rows_changes_no_token():
+    logits, position = logits_of(4, 7), jnp.zeros(7, jnp.int32)
+    params = mixed(7)
+    tokens = draw_tokens(logits, params, position)
+    assert (draw_tokens(logits, params, position, Asks(True, True, True)) == tokens).all()
+    greedy = [SamplingParams(temperature=0)] * 7
+    for asks in (Asks(False, False, False), Asks(True, False, True)):
+        assert (draw_tokens(logits, greedy, position, asks) == np.argmax(logits, -1)).all()
 
 
 LARGEST = 2**31 - 1

@@ -7,6 +7,18 @@ from jdet.testing.compositions import (
     run_composition,
     same_bits,
 )
-from jdet.testing.models import small_config
+from jdet.testing.models import small_config, tiny_config
+from jdet.testing.soak import Soak, same_completions, soak
 
-__all__ = ["Composition", "compose", "run_batch", "run_composition", "same_bits", "small_config"]
+__all__ = [
+    "Composition",
+    "Soak",
+    "compose",
+    "run_batch",
+    "run_composition",
+    "same_bits",
+    "same_completions",
+    "small_config",
+    "soak",
+    "tiny_config",
+]

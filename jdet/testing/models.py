@@ -40,3 +40,15 @@ def small_config(
         "rope_theta": 1e6,
         "tie_word_embeddings": False,
     }
+
+
+def tiny_config() -> dict[str, Any]:
+    """A config.json dictionary for runs of thousands of steps: what is tested there follows
+    from what is put together, and the widths of real models are tested elsewhere."""
+    return {
+        **small_config("qwen3", vocab_size=160),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }

@@ -13,6 +13,7 @@ import pytest
 
 import jdet
 from jdet.cache import create_cache
+from jdet.decoding import Group
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams
 
@@ -31,7 +32,7 @@ def logits_of(model: LanguageModel, ids: np.ndarray) -> np.ndarray:
     def forward(decoder, tokens):
         cache = create_cache(decoder.config, 1, 512, decoder.dtype)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        hidden, _ = decoder(tokens, positions, cache, model.ops)
+        (hidden,), _ = decoder((Group(tokens, positions),), cache, model.ops)
         return decoder.logits(hidden[0], model.ops)
 
     run = jdet.jit(forward, implementation=model.ops.implementation)

@@ -78,7 +78,7 @@ WRONG_QKV_HEADS = {
     ),
 }
 Q, KV, AT = zeros(2, 3, 4, 8), zeros(2, 2, 32, 8), zeros(2, 3, dtype=jnp.int32)
-PAGES = zeros(5, 2, 16, 8)
+PAGED = zeros(5, 2, 16, 8)
 WRONG_ATTENTION = {
     "values of another length": ((Q, KV, KV[:, :, :16], AT, 16), r"v_cache \(2, 2, 16, 8\)"),
     "other batch": ((Q[:1], KV, KV, AT[:1], 16), r"q \(1, 3, 4, 8\), k_cache \(2, 2, 32, 8\)"),
@@ -86,10 +86,10 @@ WRONG_ATTENTION = {
     "heads": ((Q[:, :, :3], KV, KV, AT, 16), "3 query heads over 2 key heads"),
     "positions": ((Q, KV, KV, AT[:, :2], 16), r"positions \(2, 2\); must be \(2, 3\)"),
     "cache": ((Q, KV[:, :, :24], KV[:, :, :24], AT, 16), "24 slots .* kv_split=16"),
-    "pages": ((Q, PAGES, PAGES, AT, 24, AT), "pages of 16 slots.* kv_split=24"),
-    "rows of the table": ((Q, PAGES, PAGES, AT, 16, AT[:1]), "each of 2 rows"),
-    "int16": ((Q, PAGES, PAGES, AT, 16, AT.astype(jnp.int16)), "page_table int16"),
-    "table": ((Q, PAGES, PAGES, AT, 16, AT[0]), r"page_table int32\(3,\)"),
+    "pages": ((Q, PAGED, PAGED, AT, 24, AT), "pages of 16 slots.* kv_split=24"),
+    "rows of the table": ((Q, PAGED, PAGED, AT, 16, AT[:1]), "each of 2 rows"),
+    "int16": ((Q, PAGED, PAGED, AT, 16, AT.astype(jnp.int16)), "page_table int16"),
+    "table": ((Q, PAGED, PAGED, AT, 16, AT[0]), r"page_table int32\(3,\)"),
 }
 
 
@@ -121,7 +121,7 @@ def test_checks_let_pass_what_fits():
     checks.check_qkv_heads(*heads())
     checks.check_qkv_heads(*heads(**HEAD_PAGES, page_table=zeros(2, 4)))
     checks.check_attention(Q, KV, KV, AT, 16)
-    checks.check_attention(Q, PAGES, PAGES, AT, 32, zeros(2, 3, dtype=jnp.int32))
+    checks.check_attention(Q, PAGED, PAGED, AT, 32, zeros(2, 3, dtype=jnp.int32))
 
 
 def test_ops_check_before_they_compute():

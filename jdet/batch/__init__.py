@@ -1,0 +1,1 @@
+"""Files of requests in, files of results out: `jdet run-batch`."""

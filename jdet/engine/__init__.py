@@ -1,0 +1,1 @@
+"""The engine: continuous batching, paged cache and prefix cache that no bit depends on."""
