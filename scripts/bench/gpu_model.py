@@ -71,8 +71,8 @@ def greedy(batch: int) -> Any:
 
 def decode_runner(
     model: LanguageModel, batch: int, context: int
-) -> tuple[Callable[[int], float], float]:
-    """(a function that runs some steps and returns seconds, seconds to trace and compile)."""
+) -> tuple[Callable[[], float], float]:
+    """(a function that runs STEPS steps and returns seconds, seconds to trace and compile)."""
     state = DecodeState(
         cache=create_cache(
             model.config,
@@ -99,9 +99,9 @@ def decode_runner(
     seconds = time.perf_counter() - start
     held = [state]
 
-    def run(steps: int) -> float:
+    def run() -> float:
         begin = time.perf_counter()
-        held[0] = compiled(model.decoder, held[0], sampling, jnp.int32(steps))
+        held[0] = compiled(model.decoder, held[0], sampling, jnp.int32(STEPS))
         jax.block_until_ready(held[0].token_ids)
         return time.perf_counter() - begin
 
@@ -165,34 +165,22 @@ def kernels_of(run: Callable[[], Any], steps: int) -> dict[str, Any]:
     }
 
 
-def decode_row(
-    models: dict[str, LanguageModel], batch: int, context: int, profile: bool
+def measure(
+    models: dict[str, LanguageModel],
+    make: Callable[[LanguageModel], tuple[Callable[[], float], float]],
+    steps: int,
+    profile: bool,
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": "decode step", "batch": batch, "length": context}
+    """Milliseconds a step and seconds to compile, by model; the error of one that has no room."""
+    row: dict[str, Any] = {}
     for name, model in models.items():
         try:
-            run, row[f"{name}_compile_s"] = decode_runner(model, batch, context)
-            run(STEPS)
-            row[f"{name}_ms"] = statistics.median(run(STEPS) for _ in range(3)) / STEPS * 1e3
-            if profile and name != "xla":
-                row[f"{name}_profile"] = kernels_of(lambda run=run: run(4), 4)
-            del run  # with its cache, before the next one is made
-        except RuntimeError as error:
-            row[f"{name}_error"] = str(error).splitlines()[0]
-    return row
-
-
-def prefill_row(
-    models: dict[str, LanguageModel], batch: int, length: int, profile: bool
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": "prefill", "batch": batch, "length": length}
-    for name, model in models.items():
-        try:
-            run, row[f"{name}_compile_s"] = prefill_runner(model, batch, length)
+            run, row[f"{name}_compile_s"] = make(model)
             run()
-            row[f"{name}_ms"] = statistics.median(run() for _ in range(3)) * 1e3
+            row[f"{name}_ms"] = statistics.median(run() for _ in range(3)) / steps * 1e3
             if profile and name != "xla":
-                row[f"{name}_profile"] = kernels_of(run, 1)
+                row[f"{name}_profile"] = kernels_of(run, steps)
+            del run  # with its cache, before the next one is made
         except RuntimeError as error:
             row[f"{name}_error"] = str(error).splitlines()[0]
     return row
@@ -253,20 +241,20 @@ def main() -> None:
             break
         cache = 4 * batch * args.context * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
         measured = {k: m for k, m in models.items() if k != "xla" or batch <= JNP_UP_TO}
-        row = decode_row(measured, batch, args.context, args.profile)
+        row = {"what": "decode step", "batch": batch, "length": args.context}
+        make = functools.partial(decode_runner, batch=batch, context=args.context)
+        row |= measure(measured, make, STEPS, args.profile)
         finish(row, (weights + cache) / copy)
     for pair in filter(None, args.prefill.split(",")):
         if time.monotonic() - begin > args.limit:
             break
         batch, length = map(int, pair.split("x"))
         attention = 2 * batch * length**2 * c.num_attention_heads * c.head_dim
-        row = prefill_row(
-            # The scores of jnp attention do not fit in memory.
-            {k: m for k, m in models.items() if k != "xla"},
-            batch,
-            length,
-            args.profile,
-        )
+        row = {"what": "prefill", "batch": batch, "length": length}
+        make = functools.partial(prefill_runner, batch=batch, length=length)
+        # The scores of jnp attention do not fit in memory.
+        measured = {k: m for k, m in models.items() if k != "xla"}
+        row |= measure(measured, make, 1, args.profile)
         finish(row, (products * batch * length + attention * c.num_hidden_layers) / matrix)
 
 
