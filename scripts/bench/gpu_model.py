@@ -44,9 +44,18 @@ JNP_UP_TO = 1  # rows; above, jnp attention loses to cuDNN's (h100-qwen3-8b-firs
 class CudnnOps(jdet.Ops):
     """Plain XLA with cuDNN's attention; a row's positions start at 0, or it is one query."""
 
-    def attention(self, q: Array, k_cache: Array, v_cache: Array, positions: Array) -> Array:
+    def attention(
+        self,
+        q: Array,
+        k_cache: Array,
+        v_cache: Array,
+        positions: Array,
+        *,
+        page_table: Array | None = None,
+    ) -> Array:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+        assert page_table is None
         length = q.shape[1]
         mask = cudnn.MaskType.PADDING if length == 1 else cudnn.MaskType.PADDING_CAUSAL
         last = positions.max(axis=1)
