@@ -23,6 +23,7 @@ from jdet.pallas_kernels.matmul.portable import MIN_ROWS
 from jdet.pallas_kernels.trees import exp, tree_sum
 
 QUERY_TILE = 16
+_PLAIN_DIMS = (8, 16, 64, 128)
 
 # Running maximum, sum and weighted values of a set of query rows.
 type Partial = tuple[Float32[Array, "B N R"], Float32[Array, "B N R"], Float32[Array, "B N R D"]]
@@ -40,6 +41,20 @@ def _batched_dot(
     )
 
 
+def _weigh(p: Float[Array, "B N R S"], v: Float[Array, "B N S D"]) -> Float32[Array, "B N R D"]:
+    """p @ v over the keys, ascending.
+
+    In float32 XLA:CPU sums it in another order from 63 rows on, but at the head dims of
+    `_PLAIN_DIMS` (scripts/bench/results/cpu-attention-dots.json). At the others V is first laid
+    out as the keys of the scores are, which has one order for any number of rows; at those dims
+    that order is the same one.
+    """
+    if v.dtype != jnp.float32 or v.shape[-1] in _PLAIN_DIMS:
+        return _batched_dot(p, v, 2)
+    # Without the barrier XLA folds the transposition back into the product.
+    return _batched_dot(p, lax.optimization_barrier(v.swapaxes(2, 3)), 3)
+
+
 def _split(
     q: Float[Array, "B N R D"],
     k: Float[Array, "B N S D"],
@@ -55,7 +70,7 @@ def _split(
     p = exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None])
     # Slots nobody has written may hold NaN, and 0 * NaN is NaN.
     v = jnp.where(written[:, None, :, None], v, jnp.zeros((), v.dtype))
-    return m, tree_sum(p), _batched_dot(p.astype(v.dtype), v, 2)
+    return m, tree_sum(p), _weigh(p.astype(v.dtype), v)
 
 
 def _merge(left: Partial, right: Partial) -> Partial:

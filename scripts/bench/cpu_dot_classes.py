@@ -1,18 +1,22 @@
 """Which numbers of rows share their bits on this CPU, under plain XLA.
 
-    python scripts/bench/cpu_dot_classes.py [--json FILE]
+    python scripts/bench/cpu_dot_classes.py [--json FILE] [--only dots reductions ...]
 
 `dots`: plain `lax.dot_general` with a float32 result. A class is a set of M whose results
 agree, bit for bit, in the rows they have in common: "1 | 2-256" means that one row alone has
 bits of its own and that the others do not see how many they are. Weights [N, K] have the
 contracted dimension last, as checkpoints store them; [K, N] are their transpose.
 
+`attention`: the same for the product of weights [M, 256] and values [256, D], the values as
+they lie in the cache or laid out anew as [D, 256], and whether both have the same bits at M = 256.
+
 `reductions`: the same for a sum, a softmax and an RMSNorm over the last axis.
 
 `elementwise`: how many elements of up to 2,000 arrays of length n have other bits than in
 one array of 1,000,000 (`jnp` is XLA's own function, `jdet` that of pallas_kernels/trees.py).
 
-The schedules of `portable` rest on these figures: pallas_kernels/matmul/portable.py.
+The schedules of `portable` rest on these figures: pallas_kernels/matmul/portable.py,
+pallas_kernels/attention/portable.py.
 """
 
 import argparse
@@ -42,6 +46,7 @@ SHAPES = {
     "lm_head": (49152, 576),
     "4096x1024": (4096, 1024),
 }
+HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 256)
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1000)
 ELEMENTS = 1_000_000
 ARRAYS = 2000
@@ -111,6 +116,29 @@ def rms_norm(x):
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
 
 
+def attention_rows() -> Iterable[dict[str, Any]]:
+    """The product of attention's weights and values, by head dim."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((1, 1, max(MS), 256), np.float32)
+
+    def dot(contract: int) -> Callable[..., Any]:
+        dims = (((3,), (contract,)), ((0, 1), (0, 1)))
+        return jax.jit(lambda p, v: lax.dot_general(p, v, dims, preferred_element_type="float32"))
+
+    for dtype in ("float32", "bfloat16"):
+        p = weights.astype(dtype)
+        for dim in HEAD_DIMS:
+            v = rng.standard_normal((1, 1, 256, dim), np.float32).astype(dtype)
+            forms = {"as they lie": (dot(2), v), "[D, 256]": (dot(3), v.swapaxes(2, 3).copy())}
+            found = {
+                name: ranges(classes(lambda x, f=f, v=v: f(x[None, None], v)[0, 0], p[0, 0]))
+                for name, (f, v) in forms.items()
+            }
+            first, second = (bits(f(p, v)) for f, v in forms.values())
+            same = bool((first == second).all())
+            yield {"head_dim": dim, "dtype": dtype, "classes": found, "same bits": same}
+
+
 def reduction_rows() -> Iterable[dict[str, Any]]:
     """The classes of reductions over one axis."""
     rng = np.random.default_rng(0)
@@ -148,22 +176,25 @@ def elementwise_rows() -> Iterable[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parts = {
+        "dots": dot_rows,
+        "attention": attention_rows,
+        "reductions": reduction_rows,
+        "elementwise": elementwise_rows,
+    }
+    parser.add_argument("--only", nargs="*", choices=parts, default=list(parts))
     args = parser.parse_args()
     result: dict[str, Any] = {
         "device": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": "python scripts/bench/cpu_dot_classes.py",
+        "command": "python scripts/bench/cpu_dot_classes.py --only " + " ".join(args.only),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "M": MS,
     }
-    for part, rows in (
-        ("dots", dot_rows()),
-        ("reductions", reduction_rows()),
-        ("elementwise", elementwise_rows()),
-    ):
+    for part in args.only:
         result[part] = []
-        for row in rows:
+        for row in parts[part]():
             print(row, flush=True)
             result[part].append(row)
     if args.json:

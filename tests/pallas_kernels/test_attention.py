@@ -152,6 +152,16 @@ def test_chunk_that_starts_inside_a_split_of_256(
         assert_same_bits(out, prefill[:, chunk], str(chunk))
 
 
+@pytest.mark.parametrize("dim", [16, 24, 32, 48, 80, 96, 256])
+def test_every_head_dim(attend, request_of, dim, assert_same_bits):
+    """XLA:CPU's product with values as they lie changes with the number of rows at most dims."""
+    q, k, v = request_of(0, (2, 1, dim), 96, 96, np.float32)
+    prefill = attend("portable", q, k, v, range(96), 16)
+    for chunk in (slice(90, 91), slice(10, 14), slice(0, 40), slice(0, 65)):
+        out = attend("portable", q[:, chunk], k, v, range(96)[chunk], 16)
+        assert_same_bits(out, prefill[:, chunk], str(chunk))
+
+
 def test_decode_row_does_not_follow_the_batch(
     attend, request_of, invariant, dtype, rows, assert_rows_alike
 ):
