@@ -231,7 +231,9 @@ def _adjusted(
     # -1 would count from the end; past the end it is dropped.
     past = logits.shape[1]
     biased = jnp.where(s.biased_token_ids < 0, past, s.biased_token_ids)
-    logits = logits.at[row, biased].add(s.logit_bias, mode="drop")
+    # Read, added and put back: a scatter that adds may do so in any order.
+    own = logits.at[row, biased].get(mode="fill", fill_value=0)
+    logits = logits.at[row, biased].set(own + s.logit_bias, mode="drop")
     held = (position < s.min_tokens)[:, None] & (s.stop_token_ids >= 0)
     return logits.at[row, jnp.where(held, s.stop_token_ids, past)].set(-jnp.inf, mode="drop")
 
