@@ -67,7 +67,7 @@ class Ops:
     """The ops of one implementation under one contract. Hashable: a static jit argument.
 
     Attributes:
-      implementation: `portable`, `xla`, `reference`, `mosaic_gpu` or `mosaic_tpu`.
+      implementation: a name of `pallas_kernels.IMPLEMENTATIONS`; not each covers every op.
       contract: the trees.
 
     Raises:
