@@ -20,7 +20,7 @@ Tree (what the bits depend on):
   without a key changes nothing, and merging into the start gives the split itself.
 - The result is o / l (div.full), plus 0, rounded once; 0 where there is no key.
 
-Products and sums that a compiler could fuse are single instructions of PTX (pallas_kernels/exact.py).
+Products and sums that a compiler could fuse are single instructions of PTX (`exact`).
 
 Schedules (what the bits do not depend on; mosaic_gpu_schedules):
 
@@ -45,8 +45,8 @@ thread: 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2)
 128 ptxas stores 17 to 19 words a thread to local memory (spread), 26 (spread, prefill) or 90
 (walked by 2); at 64 none, or 1 (walked by 2). Pages of 16 add 22 in walked by 2, in the producer.
 
-On an H100: bits in scripts/bench/results/h100-check-attention.json. Times are of the revision before
-(h100-attention-2.json): this one finds its shares itself and folds in more blocks.
+On an H100: bits in scripts/bench/results/h100-check-attention.json. Times are of the one
+before (h100-attention-2.json): this one finds its shares itself and folds in more blocks.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
