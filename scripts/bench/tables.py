@@ -76,7 +76,10 @@ def attention() -> str:
             f"{r['floor_us']:.0f}",
             f"{r['ours_us'] / r['cudnn_us']:.2f}",
         ]
-        for r in _load("h200-attention.json")["rows"]
+        for r in sorted(
+            _load("h200-attention.json")["rows"],
+            key=lambda r: (r["queries"] > 1, r["batch"], r["context"]),
+        )
     ]
     return _table(["", "jdet us", "cuDNN us", "floor us", "ratio"], rows)
 
