@@ -363,15 +363,16 @@ def run_options(job):
     elif form == "pages":
         whole = _ours(*steps, **options)
         for size in (16, 64):
-            *pages, table = _pages(*steps[1:3], at, size, 0)
+            k_pages, v_pages, table = _pages(*steps[1:3], at, size, 0)
             if window is not None:
                 before = (np.arange(table.shape[1]) + 1) * size <= at[:, None] - window + 1
                 table = jnp.where(before, -7, table)
-            y = _ours(steps[0], *pages, steps[3], None, table, **options)
+            y = _ours(steps[0], k_pages, v_pages, steps[3], None, table, **options)
             compare(f"decode, pages of {size}", y, whole)
-        *pages, table = _pages(k, v, [length - 1], 16, 0)
+        k_pages, v_pages, table = _pages(k, v, [length - 1], 16, 0)
         whole = _ours(*args, **options)
-        compare("prefill, pages", _ours(q, *pages, positions, None, table, **options), whole)
+        y = _ours(q, k_pages, v_pages, positions, None, table, **options)
+        compare("prefill, pages", y, whole)
     else:
         whole = _ours(*args, **options)
         y = _ours(*steps, **options)
