@@ -9,7 +9,8 @@ Schedules:
   `QUERY_TILE` queries; every dot has one fixed shape.
 
 How many splits are walked follows the longest neighbour; the extra ones are masked, and a
-masked split is an exact identity of the merge.
+masked split is an exact identity of the merge. Pages are gathered split by split, so that what
+is read follows the contexts and not the page table's width.
 """
 
 import functools
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jdet.pallas_kernels.attention.pages import contiguous
+from jdet.pallas_kernels.attention.pages import check_pages, split_count, take_split
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS
 from jdet.pallas_kernels.trees import exp, tree_sum
 
@@ -84,9 +85,10 @@ def _merge(left: Partial, right: Partial) -> Partial:
 
 def _attend(
     q: Float[Array, "B N R D"],
-    k_cache: Float[Array, "B N S D"],
-    v_cache: Float[Array, "B N S D"],
+    k_cache: Float[Array, "P N S D"],
+    v_cache: Float[Array, "P N S D"],
     positions: Int32[Array, "B R"],
+    page_table: Int32[Array, "B pages"] | None,
     *,
     scale: float,
     kv_split: int,
@@ -95,13 +97,13 @@ def _attend(
 
     def partial_at(index: Int32[Array, ""]) -> Partial:
         start = index * kv_split
-        k, v = (lax.dynamic_slice_in_dim(c, start, kv_split, 2) for c in (k_cache, v_cache))
+        k, v = (take_split(c, page_table, index, kv_split) for c in (k_cache, v_cache))
         keys = start + jnp.arange(kv_split)
         written = keys <= jnp.max(positions, axis=1, keepdims=True)
         return _split(q, k, v, keys <= positions[:, :, None], written, scale)
 
     first = partial_at(jnp.int32(0))
-    if k_cache.shape[2] == kv_split:
+    if split_count(k_cache, page_table, kv_split) == 1:
         _, total, out = first
     else:
         _, total, out = lax.fori_loop(
@@ -116,9 +118,10 @@ def _attend(
 
 def attention_whole(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B N"] | None = None,
     *,
     scale: float,
     kv_split: int,
@@ -133,16 +136,17 @@ def attention_whole(
     missing = max(0, MIN_ROWS - group * length)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
     row_positions = jnp.pad(row_positions, ((0, 0), (0, missing)), constant_values=-1)
-    out = _attend(rows, k_cache, v_cache, row_positions, scale=scale, kv_split=kv_split)
+    out = _attend(rows, k_cache, v_cache, row_positions, page_table, scale=scale, kv_split=kv_split)
     out = out[:, :, : group * length].reshape(batch, kv_heads, group, length, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attention_tiled(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B N"] | None = None,
     *,
     scale: float,
     kv_split: int,
@@ -158,8 +162,14 @@ def attention_tiled(
 
     def one_tile(args: tuple[Array, Array, Array]) -> Float[Array, "QT H D"]:
         row, q_tile, p_tile = args
-        k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
-        out = attention_whole(q_tile[None], k, v, p_tile[None], scale=scale, kv_split=kv_split)
+        if page_table is None:
+            k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
+            table = None
+        else:
+            k, v, table = k_cache, v_cache, lax.dynamic_index_in_dim(page_table, row, 0)
+        out = attention_whole(
+            q_tile[None], k, v, p_tile[None], table, scale=scale, kv_split=kv_split
+        )
         return out[0]
 
     rows = jnp.arange(batch * tiles) // tiles
@@ -177,13 +187,15 @@ def attention(
     kv_split: int,
     page_table: Int32[Array, "B N"] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """See `reference.attention`; S must be a multiple of `kv_split`. Pages are gathered first."""
-    k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
+    """See `reference.attention`; without pages S must be a multiple of `kv_split`."""
+    if page_table is not None:
+        check_pages(page_table, positions.shape[0], k_cache.shape[2], kv_split)
     return lax.platform_dependent(
         q,
         k_cache,
         v_cache,
         positions,
+        page_table,
         cpu=functools.partial(attention_whole, scale=scale, kv_split=kv_split),
         default=functools.partial(attention_tiled, scale=scale, kv_split=kv_split),
     )
