@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from jdet.batch.runner import BatchRunner
-from jdet.generation import Completion
+from jdet.completion import Completion
 from jdet.sampling import SamplingParams
 
 

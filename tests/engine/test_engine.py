@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import jdet
+from jdet.completion import Completion
 from jdet.engine.config import EngineConfig
 from jdet.engine.engine import Engine, Handle
-from jdet.generation import Completion
 from jdet.models.config import DecoderConfig
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams
