@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jdet.compiler import compiler_options as compiler_options
     from jdet.compiler import jit as jit
+    from jdet.completion import Completion as Completion
     from jdet.contract import Contract as Contract
     from jdet.decoding import generate_tokens as generate_tokens
     from jdet.engine.aio import AsyncEngine as AsyncEngine
     from jdet.engine.config import EngineConfig as EngineConfig
     from jdet.engine.engine import Engine as Engine
-    from jdet.generation import Completion as Completion
     from jdet.generation import generate as generate
     from jdet.models.load import load as load
     from jdet.models.load import random_model as random_model
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AsyncEngine": "jdet.engine.aio",
-    "Completion": "jdet.generation",
+    "Completion": "jdet.completion",
     "Contract": "jdet.contract",
     "Engine": "jdet.engine.engine",
     "EngineConfig": "jdet.engine.config",

@@ -15,7 +15,7 @@ import typer
 from jdet.io.resolve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from jdet.generation import Completion
+    from jdet.completion import Completion
     from jdet.models.load import LanguageModel
 
 USER_ERROR = 2
@@ -315,8 +315,7 @@ def _stream(model: "LanguageModel", text: str, sampling: Any, logprobs: bool) ->
         if sample_index == 0:
             print(stream.push(token_ids), end="", flush=True)
 
-    # Few steps a call: text appears as it is made, for a few per cent of speed.
-    completions = jdet.generate(model, [text], sampling, on_tokens=show, steps_per_call=2)
+    completions = jdet.generate(model, [text], sampling, on_tokens=show, steps_per_call=1)
     for completion in completions:
         if completion.sample_index:
             print(f"--- sample {completion.sample_index} of {sampling.n}")

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jdet.cache import CacheShape, KVCache, create_cache
 from jdet.ops import Ops
-from jdet.sampling import SamplingArrays, sample
+from jdet.pallas_kernels.log_normalizer import LogNormalizer
+from jdet.sampling import Asks, SamplingArrays, sample
 
 NO_TOKEN = -1
 
@@ -17,6 +18,14 @@ NO_TOKEN = -1
 def round_up(value: int, multiple: int) -> int:
     """The next multiple."""
     return -(-value // multiple) * multiple
+
+
+def bucket(value: int, smallest: int) -> int:
+    """The next power of two: few shapes, few compiles."""
+    size = smallest
+    while size < value:
+        size *= 2
+    return size
 
 
 @runtime_checkable
@@ -72,15 +81,48 @@ def _running(state: DecodeState, sampling: SamplingArrays) -> Bool[Array, " B"]:
     return ~state.stopped & (state.count < sampling.max_tokens)
 
 
+class NextToken(NamedTuple):
+    """A token of each row, its log-prob, and what they were chosen from."""
+
+    token: Int32[Array, " R"]
+    logprob: Float32[Array, " R"]
+    logits: Float32[Array, "R V"]
+    normalizer: LogNormalizer
+
+
+def last_states(hidden: Float[Array, "B T D"], lengths: Int32[Array, " B"]) -> Float[Array, "B D"]:
+    """The hidden state of each row's last token; of a row without tokens, the first."""
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+
+
+def next_token(
+    decoder: Decoder,
+    states: Float[Array, "R D"],
+    sampling: SamplingArrays,
+    position: Int32[Array, " R"],
+    *,
+    ops: Ops,
+    asks: Asks | None = None,
+) -> NextToken:
+    """The one way from hidden states to tokens, here and in the engine; see `sampling.sample`."""
+    logits = decoder.logits(states, ops)
+    normalizer = ops.log_normalizer(logits)
+    token = sample(logits, normalizer, sampling, position, asks)
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return NextToken(token, normalizer.log_probs(logit)[:, 0], logits, normalizer)
+
+
 def _emit(
-    state: DecodeState, logits: Float32[Array, "B V"], sampling: SamplingArrays, ops: Ops
+    decoder: Decoder,
+    state: DecodeState,
+    hidden: Float[Array, "B D"],
+    sampling: SamplingArrays,
+    ops: Ops,
 ) -> DecodeState:
     """Choose and record one token in the rows that run; the others keep what they have."""
     runs = _running(state, sampling)
-    normalizer = ops.log_normalizer(logits)
-    token = sample(logits, normalizer, sampling, state.count)
-    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    logprob = normalizer.log_probs(logit)
+    token, logprob, _, _ = next_token(decoder, hidden, sampling, state.count, ops=ops)
     column = jnp.arange(state.token_ids.shape[1])
     here = runs[:, None] & (column == state.count[:, None])
     hit = (token[:, None] == sampling.stop_token_ids).any(-1)
@@ -89,7 +131,7 @@ def _emit(
         count=state.count + runs.astype(jnp.int32),
         stopped=state.stopped | (runs & hit),
         token_ids=jnp.where(here, token[:, None], state.token_ids),
-        logprobs=jnp.where(here, logprob, state.logprobs),
+        logprobs=jnp.where(here, logprob[:, None], state.logprobs),
     )
 
 
@@ -121,7 +163,6 @@ def prefill(
     cache = create_cache(decoder.config, batch, cache_length, decoder.dtype, cache_fill)
     group = Group(prompts, prompt_positions(prompts, prompt_lengths))
     (hidden,), cache = decoder((group,), cache, ops)
-    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     state = DecodeState(
         cache=cache,
         prompt_lengths=prompt_lengths,
@@ -131,7 +172,7 @@ def prefill(
         token_ids=jnp.full((batch, max_tokens), NO_TOKEN, jnp.int32),
         logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
     )
-    return _emit(state, decoder.logits(last, ops), sampling, ops)
+    return _emit(decoder, state, last_states(hidden, prompt_lengths), sampling, ops)
 
 
 def decode(
@@ -152,8 +193,8 @@ def decode(
         # The last token stands behind the prompt and the count - 1 tokens before it.
         position = (state.prompt_lengths + state.count - 1)[:, None]
         (hidden,), cache = decoder((Group(state.last_token[:, None], position),), state.cache, ops)
-        logits = decoder.logits(hidden[:, 0], ops)
-        return done + 1, _emit(state._replace(cache=cache), logits, sampling, ops)
+        state = state._replace(cache=cache)
+        return done + 1, _emit(decoder, state, hidden[:, 0], sampling, ops)
 
     _, state = lax.while_loop(
         lambda carry: (carry[0] < steps) & _running(carry[1], sampling).any(),

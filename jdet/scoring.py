@@ -10,8 +10,8 @@ from jaxtyping import Array, Float32, Int32
 
 from jdet.cache import create_cache
 from jdet.compiler import check_environment, jit
-from jdet.decoding import Decoder, Group, prompt_positions, round_up
-from jdet.generation import LanguageModel, bucket
+from jdet.completion import LanguageModel
+from jdet.decoding import Decoder, Group, bucket, prompt_positions, round_up
 from jdet.ops import Ops
 
 # Rows whose logits are held at a time: [rows, vocabulary] float32.

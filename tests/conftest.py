@@ -23,5 +23,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("jdet", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("jdet")
 
-# Where jax's CUDA plugin is not installed, nothing can be compiled for a GPU.
-collect_ignore = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["gpu_compile"]
+# Tests with environments of their own: where jax's CUDA plugin is not installed, nothing can be
+# compiled for a GPU; where Ray is not, nothing can be sent to its workers.
+_NEEDS = {"gpu_compile": "jax_cuda13_plugin", "ray": "ray"}
+collect_ignore = [name for name, needed in _NEEDS.items() if not importlib.util.find_spec(needed)]

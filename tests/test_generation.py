@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jdet
+from jdet.engine.step import programs
 from jdet.models.config import DecoderConfig
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams
-from jdet.testing import small_config
+from jdet.testing import run_batch, same_bits, small_config
 
 
 @functools.cache
@@ -31,6 +32,22 @@ def test_results_come_in_input_order_whatever_the_batch_size() -> None:
     assert [c.prompt_token_ids for c in a] == prompts
     assert [c.prompt_index for c in a] == [0, 1, 2, 3, 4]
     assert a == b  # text, ids, log-probs: every field
+
+
+def test_a_second_call_of_like_sizes_compiles_nothing() -> None:
+    m = model()
+    jdet.generate(m, [[5] * 9, [6] * 12], greedy(8))
+    before = programs(m.ops).compiles
+    jdet.generate(m, [[7] * 14, [8] * 3], greedy(11, stop_token_ids=(9,)))
+    assert programs(m.ops).compiles == before > 0
+
+
+def test_a_prompt_read_in_chunks_beside_others_has_the_bits_of_the_core() -> None:
+    """601 tokens in chunks of at most 512, which the core reads at once and alone."""
+    prompt = np.random.default_rng(1).integers(0, 1536, 601).tolist()
+    *_, door = jdet.generate(model(), [[1, 2], [3] * 5, prompt], greedy(6))
+    (core,) = run_batch(model(), [(prompt, greedy(6))], max_tokens=6)
+    assert same_bits((door.token_ids, np.array(door.logprobs, np.float32)), core)
 
 
 def test_n_samples_differ_and_a_seed_repeats_them() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jdet.generation import Completion, TopLogprobs
+from jdet.completion import Completion, TopLogprobs
 
 
 def success(

@@ -25,7 +25,7 @@ _WINDOW = 16
 class _Entry:
     """A line on its way: its handle, or its result where there is nothing to compute."""
 
-    end: int
+    line: Line
     name: str
     custom_id: str | None = None
     chat: bool = False
@@ -92,6 +92,20 @@ class BatchRunner:
             self._check(done, line, output.partial)
             bar.update(line.end - bar.n)
         found, failed, start = output.written, 0, time.perf_counter()
+        for ready in self.results(lines):
+            output.append([result for _, result in ready])
+            failed += sum(result["error"] is not None for _, result in ready)
+            bar.update(ready[-1][0].end - bar.n if ready else 0)
+            counts, seconds = self._engine.counts, time.perf_counter() - start
+            bar.set_postfix_str(
+                f"{output.written} lines, prefill {counts.prompt_tokens / seconds:.0f} tok/s, "
+                f"decode {counts.decode_tokens / seconds:.0f} tok/s"
+            )
+        output.complete()
+        return Summary(output.written - found, found, failed)
+
+    def results(self, lines: Iterator[Line]) -> Iterator[list[tuple[Line, dict[str, Any]]]]:
+        """After each step what it has finished: lines with their results, in input order."""
         window: collections.deque[_Entry] = collections.deque()
         limit = _WINDOW * self._engine.config.max_batch_size
         more = True
@@ -106,17 +120,8 @@ class BatchRunner:
             ready = []
             while window and window[0].done:
                 entry = window.popleft()
-                ready.append(self._result(entry))
-                failed += ready[-1]["error"] is not None
-                bar.update(entry.end - bar.n)
-            output.append(ready)
-            counts, seconds = self._engine.counts, time.perf_counter() - start
-            bar.set_postfix_str(
-                f"{output.written} lines, prefill {counts.prompt_tokens / seconds:.0f} tok/s, "
-                f"decode {counts.decode_tokens / seconds:.0f} tok/s"
-            )
-        output.complete()
-        return Summary(output.written - found, found, failed)
+                ready.append((entry.line, self._result(entry)))
+            yield ready
 
     def _check_complete(self, lines: Iterator[Line], target: Path) -> Summary:
         count = 0
@@ -138,7 +143,7 @@ class BatchRunner:
         return hashlib.sha256(self._identity + line.digest).hexdigest()[:24]
 
     def _begin(self, line: Line) -> _Entry:
-        entry = _Entry(line.end, self._name(line))
+        entry = _Entry(line, self._name(line))
         try:
             entry.custom_id, value = parse(line)
             request = request_of(value, line.digest)

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from jdet.completion import Completion
 from jdet.engine.engine import Engine
 from jdet.engine.handle import Delta, DeltaReader, Handle
-from jdet.generation import Completion
 from jdet.sampling import SamplingParams
 
 

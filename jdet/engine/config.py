@@ -4,6 +4,7 @@ import dataclasses
 
 SMALLEST_PAGE = 16
 _USUAL_LENGTH = 1024
+_TUPLES = ("chunk_sizes", "chunk_rows", "decode_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,10 @@ class EngineConfig:
         and for one of `max_model_len`.
       chunk_sizes: lengths a chunk of a prompt is padded to; None: powers of 4 from 16 to
         what fits `max_tokens_per_step`. Each compiles a few programs.
+      chunk_rows: numbers of chunks that a step is compiled for, from 1, as far as they fit; None:
+        powers of 4 up to `max_batch_size`.
+      decode_rows: numbers of generating rows that a step without prompts is compiled for, up to
+        `max_batch_size`; None: powers of 4.
       prefix_caching: keep the pages of finished requests for prompts that begin alike.
       max_logit_bias, max_stop_token_ids: what one request may ask for, a shape.
 
@@ -35,6 +40,8 @@ class EngineConfig:
     page_size: int = 64
     num_pages: int | None = None
     chunk_sizes: tuple[int, ...] | None = None
+    chunk_rows: tuple[int, ...] | None = None
+    decode_rows: tuple[int, ...] | None = None
     prefix_caching: bool = True
     max_logit_bias: int = 300
     max_stop_token_ids: int = 32
@@ -43,7 +50,7 @@ class EngineConfig:
         low = {"max_logit_bias": 0, "max_stop_token_ids": 0, "page_size": SMALLEST_PAGE}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("chunk_sizes", "prefix_caching") or value is None:
+            if field.name in (*_TUPLES, "prefix_caching") or value is None:
                 continue
             least = low.get(field.name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -57,13 +64,18 @@ class EngineConfig:
                 f"{self.max_batch_size + 1}, more than max_batch_size={self.max_batch_size}: "
                 "beside requests that generate, a prompt must be able to go on"
             )
-        if self.chunk_sizes is None:
+        for name in _TUPLES:
+            self._check_ascending(name)
+        if self.chunk_rows is not None and self.chunk_rows[0] != 1:
+            raise ValueError(f"chunk_rows={self.chunk_rows!r}; the first must be 1")
+        if self.decode_rows is not None and self.decode_rows[-1] != self.max_batch_size:
+            raise ValueError(
+                f"decode_rows={self.decode_rows!r}; the last must be "
+                f"max_batch_size={self.max_batch_size}"
+            )
+        sizes = self.chunk_sizes
+        if sizes is None:
             return
-        sizes = tuple(self.chunk_sizes)
-        object.__setattr__(self, "chunk_sizes", sizes)
-        whole = all(isinstance(s, int) and s > 0 for s in sizes)
-        if not sizes or not whole or list(sizes) != sorted(set(sizes)):
-            raise ValueError(f"chunk_sizes={sizes!r}; allowed: ascending integers from 1")
         if sizes[0] > room:
             raise ValueError(
                 f"chunk_sizes={sizes!r}; the first must be at most {room}, "
@@ -74,6 +86,15 @@ class EngineConfig:
                 f"chunk_sizes={sizes!r}; allowed: up to "
                 f"max_tokens_per_step={self.max_tokens_per_step}"
             )
+
+    def _check_ascending(self, name: str) -> None:
+        if getattr(self, name) is None:
+            return
+        values = tuple(getattr(self, name))
+        object.__setattr__(self, name, values)
+        whole = all(isinstance(v, int) and v > 0 for v in values)
+        if not values or not whole or list(values) != sorted(set(values)):
+            raise ValueError(f"{name}={values!r}; allowed: ascending integers from 1")
 
     def resolved(self, *, context_length: int, kv_split: int) -> "EngineConfig":
         """Self with every None filled in for a model of this context length.
@@ -109,17 +130,18 @@ class EngineConfig:
     @property
     def decode_sizes(self) -> tuple[int, ...]:
         """Numbers of generating rows that a step without prompts is compiled for."""
-        return _powers_of_4(self.max_batch_size)
+        return self.decode_rows or _powers_of_4(self.max_batch_size)
 
     @property
     def chunk_shapes(self) -> tuple[tuple[int, int], ...]:
         """(rows, length) of the chunks of one step; of a resolved config."""
         assert self.chunk_sizes is not None
+        heights = self.chunk_rows or _powers_of_4(self.max_batch_size)
         most = {size: self.max_tokens_per_step // size for size in self.chunk_sizes}
         return tuple(
             (rows, size)
             for size in self.chunk_sizes
-            for rows in _powers_of_4(min(most[size], self.max_batch_size))
+            for rows in sorted({min(height, most[size]) for height in heights})
         )
 
 

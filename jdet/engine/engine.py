@@ -10,6 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jdet.compiler import check_environment
+from jdet.completion import (
+    Completion,
+    LanguageModel,
+    encode_prompt,
+    requests_of,
+    stop_string_end,
+)
 from jdet.engine.config import EngineConfig
 from jdet.engine.device import Device, Results
 from jdet.engine.handle import Delta, DeltaReader, Handle, text_of
@@ -17,13 +24,6 @@ from jdet.engine.request import Request
 from jdet.engine.scheduler import Chunk, Counts, Plan, Scheduler
 from jdet.engine.step import PromptLogprobs, TopTokens
 from jdet.engine.stops import StopStrings
-from jdet.generation import (
-    Completion,
-    LanguageModel,
-    encode_prompt,
-    requests_of,
-    stop_string_end,
-)
 from jdet.sampling import SamplingParams, bias_pairs, stop_tokens
 
 

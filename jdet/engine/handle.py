@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from jdet.completion import LanguageModel, completion_text
 from jdet.engine.request import Request
-from jdet.generation import LanguageModel, completion_text
 from jdet.text_stream import TextStream
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jdet.completion import TopLogprobs
 from jdet.engine.pages import page_key
-from jdet.generation import TopLogprobs
 from jdet.sampling import SamplingParams
 
 

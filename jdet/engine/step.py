@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jdet.cache import KVCache
 from jdet.compiler import jit
-from jdet.decoding import Decoder, Group, round_up
+from jdet.decoding import Decoder, Group, last_states, next_token, round_up
 from jdet.ops import Ops
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
-from jdet.sampling import MAX_TOP_LOGPROBS, Asks, SamplingArrays, sample
+from jdet.sampling import MAX_TOP_LOGPROBS, Asks, SamplingArrays
 from jdet.scoring import LOGIT_ROWS
 
 # The host gives numpy arrays, which jit puts on the device.
@@ -105,8 +105,7 @@ def read(
     ends = []
     if chunks is not None:
         hidden, *states = states
-        last = jnp.maximum(chunks.rows.length - 1, 0)[:, None, None]
-        ends.append(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+        ends.append(last_states(hidden, jnp.asarray(chunks.rows.length)))
     ends += [state[:, 0] for state in states]
     rows = jnp.concatenate(ends)
     return cache, jnp.pad(rows, ((0, height - rows.shape[0]), (0, 0))), hidden
@@ -130,14 +129,11 @@ def choose(
     ops: Ops,
 ) -> tuple[Int32[Array, " slots"], Chosen]:
     """The next tokens, also put into their slots; `sampling` has a row for each slot."""
-    logits = decoder.logits(ends[emits.row], ops)
-    normalizer = ops.log_normalizer(logits)
     own = jax.tree.map(lambda x: x[emits.slot], sampling)
-    token = sample(logits, normalizer, own, jnp.asarray(emits.count), asks)
-    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    logprob = normalizer.log_probs(logit)[:, 0]
-    chosen = Chosen(token, logprob, _top(logits, normalizer) if top else None)
-    return last_token.at[emits.slot].set(token), chosen
+    found = next_token(decoder, ends[emits.row], own, jnp.asarray(emits.count), ops=ops, asks=asks)
+    best = _top(found.logits, found.normalizer) if top else None
+    chosen = Chosen(found.token, found.logprob, best)
+    return last_token.at[emits.slot].set(found.token), chosen
 
 
 def report(

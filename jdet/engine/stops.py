@@ -9,7 +9,7 @@ class StopStrings:
     """Says when a stop string may have become complete.
 
     It looks at the last characters alone, so its work does not grow with the completion;
-    `jdet.generation.stop_string_end` then says whether and where.
+    `jdet.completion.stop_string_end` then says whether and where.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:

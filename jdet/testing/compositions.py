@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jdet.compiler import jit
+from jdet.completion import LanguageModel
 from jdet.decoding import GeneratedTokens, generate_tokens
-from jdet.generation import LanguageModel
 from jdet.ops import Ops
 from jdet.sampling import SamplingParams, sampling_arrays
 

@@ -5,10 +5,10 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from jdet.completion import Completion, LanguageModel
 from jdet.engine.config import EngineConfig
 from jdet.engine.engine import Engine, Handle
 from jdet.engine.scheduler import Counts
-from jdet.generation import Completion, LanguageModel
 from jdet.sampling import SamplingParams
 
 

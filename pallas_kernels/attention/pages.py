@@ -5,6 +5,7 @@ follows s alone, so a result has the bits that it has with a contiguous cache.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 PAGE_MULTIPLE = 16  # slots: what one copy of the Hopper kernels moves at least
@@ -56,3 +57,28 @@ def contiguous(
     check_pages(page_table, positions.shape[0], k_cache.shape[2], kv_split)
     k, v = (gather_pages(x, page_table, positions, kv_split) for x in (k_cache, v_cache))
     return k, v
+
+
+def split_count(
+    cache: Float[Array, "P Hkv S D"], page_table: Int32[Array, "B N"] | None, kv_split: int
+) -> int:
+    """Splits of a row's slots, the last one perhaps not full of pages."""
+    slots = cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+    return -(-slots // kv_split)
+
+
+def take_split(
+    cache: Float[Array, "P Hkv S D"],
+    page_table: Int32[Array, "B N"] | None,
+    index: Int32[Array, ""],
+    kv_split: int,
+) -> Float[Array, "B Hkv split D"]:
+    """Each row's slots of one split. What lies after the row's last key may be anything."""
+    if page_table is None:
+        return lax.dynamic_slice_in_dim(cache, index * kv_split, kv_split, 2)
+    kv_heads, page_size, dim = cache.shape[1:]
+    pages = kv_split // page_size
+    # A table need not be full of splits: past its end any page will do.
+    entries = jnp.take(page_table, index * pages + jnp.arange(pages), axis=1, mode="clip")
+    rows = jnp.take(cache, entries, axis=0, mode="clip").swapaxes(1, 2)
+    return rows.reshape(entries.shape[0], kv_heads, kv_split, dim)

@@ -10,7 +10,8 @@ Schedules:
 
 Which splits are walked follows the batch: up to the longest neighbour's last, and with a sliding
 window from the first that any row sees. The extra ones are masked, and a masked split is an
-exact identity of the merge.
+exact identity of the merge. Pages are gathered split by split, so that what is read follows the
+contexts and not the page table's width.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jdet.pallas_kernels.attention.masks import sees
-from jdet.pallas_kernels.attention.pages import contiguous
+from jdet.pallas_kernels.attention.pages import check_pages, split_count, take_split
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS
 from jdet.pallas_kernels.trees import exp, tanh, tree_sum
 
@@ -94,9 +95,10 @@ def _merge(left: Partial, right: Partial) -> Partial:
 
 def _attend(
     q: Float[Array, "B N R D"],
-    k_cache: Float[Array, "B N S D"],
-    v_cache: Float[Array, "B N S D"],
+    k_cache: Float[Array, "P N S D"],
+    v_cache: Float[Array, "P N S D"],
     positions: Int32[Array, "B R"],
+    page_table: Int32[Array, "B pages"] | None,
     *,
     scale: float,
     kv_split: int,
@@ -107,7 +109,7 @@ def _attend(
 
     def partial_at(index: Int32[Array, ""]) -> Partial:
         start = index * kv_split
-        k, v = (lax.dynamic_slice_in_dim(c, start, kv_split, 2) for c in (k_cache, v_cache))
+        k, v = (take_split(c, page_table, index, kv_split) for c in (k_cache, v_cache))
         keys = start + jnp.arange(kv_split)
         seen = sees(positions, keys, sliding_window)
         if sliding_window is None:
@@ -121,7 +123,7 @@ def _attend(
         earliest = jnp.min(jnp.where(positions < 0, last, positions))
         begin = jnp.maximum(earliest - (sliding_window - 1), 0) // kv_split
     first = partial_at(begin)
-    if k_cache.shape[2] == kv_split:
+    if split_count(k_cache, page_table, kv_split) == 1:
         _, total, out = first
     else:
         _, total, out = lax.fori_loop(
@@ -136,9 +138,10 @@ def _attend(
 
 def attention_whole(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B N"] | None = None,
     *,
     scale: float,
     kv_split: int,
@@ -160,6 +163,7 @@ def attention_whole(
         k_cache,
         v_cache,
         row_positions,
+        page_table,
         scale=scale,
         kv_split=kv_split,
         sliding_window=sliding_window,
@@ -171,9 +175,10 @@ def attention_whole(
 
 def attention_tiled(
     q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B Hkv S D"],
-    v_cache: Float[Array, "B Hkv S D"],
+    k_cache: Float[Array, "P Hkv S D"],
+    v_cache: Float[Array, "P Hkv S D"],
     positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B N"] | None = None,
     *,
     scale: float,
     kv_split: int,
@@ -191,17 +196,23 @@ def attention_tiled(
 
     def one_tile(args: tuple[Array, Array, Array]) -> Float[Array, "QT H D"]:
         row, q_tile, p_tile = args
-        k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
-        return attention_whole(
+        if page_table is None:
+            k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
+            table = None
+        else:
+            k, v, table = k_cache, v_cache, lax.dynamic_index_in_dim(page_table, row, 0)
+        out = attention_whole(
             q_tile[None],
             k,
             v,
             p_tile[None],
+            table,
             scale=scale,
             kv_split=kv_split,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
-        )[0]
+        )
+        return out[0]
 
     rows = jnp.arange(batch * tiles) // tiles
     out = lax.map(one_tile, (rows, q_tiles, p_tiles))
@@ -220,8 +231,9 @@ def attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
-    """See `reference.attention`; S must be a multiple of `kv_split`. Pages are gathered first."""
-    k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
+    """See `reference.attention`; without pages S must be a multiple of `kv_split`."""
+    if page_table is not None:
+        check_pages(page_table, positions.shape[0], k_cache.shape[2], kv_split)
     options: dict[str, Any] = dict(
         scale=scale, kv_split=kv_split, sliding_window=sliding_window, soft_cap=soft_cap
     )
@@ -230,6 +242,7 @@ def attention(
         k_cache,
         v_cache,
         positions,
+        page_table,
         cpu=functools.partial(attention_whole, **options),
         default=functools.partial(attention_tiled, **options),
     )

@@ -1,7 +1,8 @@
-"""Runs a batch on a pretended engine, is killed at random moments, and goes on.
+"""Runs a batch, is killed at random moments, and goes on.
 
-One process that forks for each run, so that modules are imported once. No device is used.
-Arguments: input, output, number of kills, seed. Prints how many runs were really killed.
+One process that forks for each run, so that modules are imported once; it uses no device itself.
+Arguments: "pretended" or "real" (the engine), input, output, number of kills, seed. Prints how
+many results lay in the output at each kill that found its run alive.
 """
 
 import os
@@ -13,9 +14,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jdet
 from jdet.batch.runner import BatchRunner
-from jdet.generation import Completion
+from jdet.completion import Completion
+from jdet.engine.config import EngineConfig
+from jdet.engine.engine import Engine
+from jdet.models.config import DecoderConfig
 from jdet.sampling import SamplingParams
+from jdet.testing import tiny_config
+
+# Few programs: the first run compiles them all.
+_CONFIG = EngineConfig(
+    max_batch_size=4,
+    max_tokens_per_step=20,
+    max_model_len=256,
+    num_pages=8,
+    chunk_sizes=(16,),
+    chunk_rows=(1,),
+    decode_rows=(4,),
+)
 
 
 class Pretended:
@@ -47,25 +64,50 @@ class Pretended:
         ]
 
 
-def run(source: Path, target: Path) -> None:
+def run(engine_name: str, source: Path, target: Path) -> None:
     engine: Any = Pretended()
-    BatchRunner(engine, "pretended", "float32").run(source, target, progress=False)
+    if engine_name == "real":
+        config = DecoderConfig.from_hf(tiny_config())
+        model = jdet.random_model(config, dtype="bfloat16", implementation="portable")
+        engine = Engine(model, _CONFIG)
+    BatchRunner(engine, "tiny", "bfloat16").run(source, target, progress=False)
 
 
-def main(source: str, target: str, kills: str, seed: str) -> None:
-    killed, rng = 0, random.Random(int(seed))
+def results(target: Path) -> int:
+    partial = target.with_name(target.name + ".partial")
+    return partial.read_bytes().count(b"\n") if partial.exists() else 0
+
+
+def wait(engine_name: str, target: Path, child: int, rng: random.Random) -> None:
+    """Until a random moment; a real engine must have written some results more."""
+    if engine_name == "pretended":
+        time.sleep(rng.uniform(0.0, 0.04))
+        return
+    wanted = results(target) + rng.randint(1, 6)
+    while results(target) < wanted and os.waitid(os.P_PID, child, _STILL_THERE) is None:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0.0, 0.02))
+
+
+_STILL_THERE = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def main(engine_name: str, source: str, target: str, kills: str, seed: str) -> None:
+    rng, found = random.Random(int(seed)), []
     for attempt in range(int(kills) + 1):
         child = os.fork()
         if child == 0:
-            run(Path(source), Path(target))
+            run(engine_name, Path(source), Path(target))
             os._exit(0)
         if attempt < int(kills):
-            time.sleep(rng.uniform(0.0, 0.04))
+            wait(engine_name, Path(target), child, rng)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        killed += os.WIFSIGNALED(status)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    print(killed)
+        if os.WIFSIGNALED(status):
+            found.append(results(Path(target)))
+        else:
+            assert os.WEXITSTATUS(status) == 0
+    print(*found)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,24 +165,46 @@ def test_without_a_seed_the_line_decides_it() -> None:
     assert seed('{"prompt": [1], "temperature": 0}') is None
 
 
+def killed_runs(engine: str, source: Path, target: Path, *, kills: int, seed: int) -> list[int]:
+    """How many results lay in the output at each kill that found its run alive."""
+    child = Path(__file__).parent / "kill_child.py"
+    arguments = (engine, str(source), str(target), str(kills), str(seed))
+    # The runs of a real engine compile the same programs.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(target.with_name("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, str(child), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | cache,
+    )
+    return [int(count) for count in done.stdout.split()]
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, seed: int) -> None:
     source = write(
         tmp_path / "in", [{"prompt": [i, 1, 2], "custom_id": str(i)} for i in range(300)]
     )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert killed_runs("pretended", source, whole, kills=0, seed=seed) == []
+    assert len(killed_runs("pretended", source, killed, kills=20, seed=seed)) >= 10
+    assert killed.read_bytes() == whole.read_bytes()
+    assert len(results(killed)) == 300
 
-    def runs(target: Path, kills: int) -> int:
-        child = Path(__file__).parent / "kill_child.py"
-        arguments = (str(source), str(target), str(kills), str(seed))
-        done = subprocess.run(
-            [sys.executable, str(child), *arguments], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
 
-    assert runs(tmp_path / "whole", 0) == 0
-    assert runs(tmp_path / "killed", 20) >= 10
-    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert len(results(tmp_path / "killed")) == 300
+def test_a_real_engine_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """What is left after a kill runs beside other mates, in another process, in other sizes."""
+    lines = [{"prompt": [i + 1] * (1 + i * 7 % 40), "max_tokens": 3 + i % 9} for i in range(24)]
+    source = write(tmp_path / "in", lines)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(source, whole)
+    at = killed_runs("real", source, killed, kills=2, seed=1)
+    assert len(at) == 2 and 0 < at[0] <= at[1] < 24, at
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_what_a_kill_left_is_kept_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:

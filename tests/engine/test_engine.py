@@ -7,14 +7,15 @@ the load it means to make was really made.
 import dataclasses
 import functools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 import jdet
+from jdet.completion import Completion
 from jdet.engine.config import EngineConfig
 from jdet.engine.engine import Engine, Handle
-from jdet.generation import Completion
 from jdet.models.config import DecoderConfig
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams
@@ -92,20 +93,140 @@ def mixed_load() -> list[tuple[list[int], SamplingParams]]:
     return load
 
 
-def test_a_mixed_load_gives_the_solo_bits() -> None:
-    run = engine()
+# Loads: each runs on an implementation, asserts that it was what it means to be, and gives its
+# engines with the handles that are compared with their runs alone.
+Run = list[tuple[Engine, Handle]]
+
+
+def mixed(implementation: str) -> Run:
+    run = engine(implementation=implementation)
     handles = run_all(run, mixed_load())
     assert run.counts.mixed_steps >= 5
     assert run.counts.unfinished_chunks >= 10
     assert run.counts.most_decodes >= 4
-    assert all(as_alone(run, h) for h in handles)
+    return [(run, h) for h in handles]
 
 
-def test_plain_xla_fails_the_same_comparison() -> None:
-    run = engine(implementation="xla")
-    handles = run_all(run, mixed_load())
-    assert run.counts.mixed_steps >= 5
-    assert not all(as_alone(run, h, "xla") for h in handles)
+def a_prompt_of_many_chunks(implementation: str) -> Run:
+    lengths = [*range(3, 11), 90, 100, 110, 130, 300, 330]
+    random.Random(1).shuffle(lengths)
+    run = engine(implementation=implementation)
+    handles = [run.submit(prompt_of(n, n), greedy(4)) for n in lengths]
+    longest = max(handles, key=lambda h: len(h.requests[0].prompt)).requests[0]
+    seen = set()
+    while run.step():
+        seen.add(longest.computed)
+    assert len([at for at in seen if 0 < at < 330]) >= 5, "the longest prompt was not split"
+    assert run.counts.mixed_steps >= 3
+    return [(run, h) for h in handles]
+
+
+def two_needles_among_64(implementation: str) -> Run:
+    config = dataclasses.replace(
+        CONFIG,
+        max_batch_size=64,
+        max_tokens_per_step=128,
+        num_pages=512,
+        chunk_sizes=(64,),
+        chunk_rows=(1,),
+        decode_rows=(64,),
+    )
+    run = engine(config, implementation)
+    rng = random.Random(3)
+    needles = [(prompt_of(40, 40), hot(9, 16, logprobs=2)), (prompt_of(41, 70), greedy(16))]
+    load = [(prompt_of(i, rng.randint(1, 20)), hot(i, rng.randint(40, 50))) for i in range(62)]
+    at = sorted(rng.sample(range(64), 2))
+    for place, needle in zip(at, needles, strict=True):
+        load.insert(place, needle)
+    handles = run_all(run, load)
+    assert run.counts.most_decodes >= 33
+    return [(run, handles[place]) for place in at]
+
+
+def cold_cold_and_warm_prefixes(implementation: str) -> Run:
+    shared = prompt_of(1, 270)
+    load = [(shared[:n] + prompt_of(n, 3), greedy(6)) for n in (1, 31, 160, 257, 270)]
+    first, second = (engine(implementation=implementation) for _ in range(2))
+    cold = [run_all(e, [r])[0] for r in load for e in (first,)]
+    reused = first.counts.reused_tokens
+    again = run_all(second, load[::-1])[::-1]
+    warm = run_all(first, load)
+    assert first.counts.reused_tokens - reused >= 160 + 256 + 256
+    return [(first, h) for h in cold + warm] + [(second, h) for h in again]
+
+
+def preempted(implementation: str) -> Run:
+    run = engine(dataclasses.replace(CONFIG, prefix_caching=False), implementation)
+    load = [(prompt_of(i, 100), hot(i, 90, logprobs=1)) for i in range(8)]
+    handles = run_all(run, load)  # 1520 tokens in a cache of 1024
+    assert run.counts.preemptions >= 2
+    assert run.counts.prompt_tokens > 8 * 100
+    return [(run, h) for h in handles]
+
+
+def bursts_around_a_request(implementation: str) -> Run:
+    run = engine(implementation=implementation)
+    long = run.submit(prompt_of(1, 20), greedy(90))
+    others, heights = [], set()
+    for burst in range(6):
+        others += [run.submit(prompt_of(n, n), hot(n, 4)) for n in range(burst + 1, burst + 8)]
+        while any(not h.done for h in others):
+            run.step()
+            heights.add(len(run._scheduler.running))
+        assert not long.done
+    assert len(heights) >= 3 and 8 in heights and run.counts.mixed_steps >= 6
+    while run.step():
+        pass
+    return [(run, h) for h in (long, *others)]
+
+
+def samples_of_one_prompt(implementation: str) -> Run:
+    run = engine(implementation=implementation)
+    handles = run_all(run, [(prompt_of(3, 33), hot(11, 6, n=4)), (prompt_of(4, 20), greedy(9))])
+    assert run.counts.most_decodes == 5
+    samples = run.completions(handles[0])
+    assert [c.sample_index for c in samples] == [0, 1, 2, 3]
+    assert len({tuple(c.token_ids) for c in samples}) == 4
+    return [(run, h) for h in handles]
+
+
+def mates_are_cancelled(implementation: str) -> Run:
+    run = engine(implementation=implementation)
+    kept = [run.submit(prompt_of(i, 30), hot(i, 30)) for i in range(3)]
+    reading = run.submit(prompt_of(8, 330), greedy(30))
+    for _ in range(6):
+        run.step()
+    generating = run.submit(prompt_of(9, 5), greedy(60))
+    waiting = [run.submit(prompt_of(i, 9), greedy(60)) for i in range(10, 16)]
+    assert 0 < reading.requests[0].computed < 330
+    run.cancel(reading)
+    while not generating.requests[0].token_ids:
+        run.step()
+    for handle in (generating, *waiting):
+        run.cancel(handle)
+        run.cancel(handle)  # a second time: nothing happens
+    while run.step():
+        pass
+    assert [c.finish_reason for c in run.completions(generating)] == ["cancelled"]
+    assert run._scheduler.pool.available == CONFIG.num_pages
+    return [(run, h) for h in kept]
+
+
+LOADS = (
+    *(mixed, a_prompt_of_many_chunks, two_needles_among_64, cold_cold_and_warm_prefixes),
+    *(preempted, bursts_around_a_request, samples_of_one_prompt, mates_are_cancelled),
+)
+each_load = pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
+
+
+@each_load
+def test_a_load_gives_the_solo_bits(load: Callable[[str], Run]) -> None:
+    assert all(as_alone(run, handle) for run, handle in load("portable"))
+
+
+@each_load
+def test_plain_xla_fails_the_same_comparison(load: Callable[[str], Run]) -> None:
+    assert not all(as_alone(run, handle, "xla") for run, handle in load("xla"))
 
 
 def test_the_engine_gives_the_bits_of_generate_and_score() -> None:
@@ -122,58 +243,6 @@ def test_the_engine_gives_the_bits_of_generate_and_score() -> None:
         assert got.prompt_logprobs + got.logprobs == scores
 
 
-def test_a_prompt_of_many_chunks_among_others_gives_the_solo_bits() -> None:
-    lengths = [*range(3, 11), 90, 100, 110, 130, 300, 330]
-    random.Random(1).shuffle(lengths)
-    run = engine()
-    handles = [run.submit(prompt_of(n, n), greedy(4)) for n in lengths]
-    longest = max(handles, key=lambda h: len(h.requests[0].prompt)).requests[0]
-    seen = set()
-    while run.step():
-        seen.add(longest.computed)
-    assert len([at for at in seen if 0 < at < 330]) >= 5, "the longest prompt was not split"
-    assert run.counts.mixed_steps >= 3
-    assert all(as_alone(run, h) for h in handles)
-
-
-def test_a_needle_among_64_requests_has_the_solo_bits() -> None:
-    config = dataclasses.replace(
-        CONFIG, max_batch_size=64, max_tokens_per_step=128, chunk_sizes=(64,), num_pages=512
-    )
-    run = engine(config)
-    rng = random.Random(3)
-    needles = [(prompt_of(40, 40), hot(9, 16, logprobs=2)), (prompt_of(41, 70), greedy(16))]
-    load = [(prompt_of(i, rng.randint(1, 20)), hot(i, rng.randint(30, 40))) for i in range(62)]
-    at = sorted(rng.sample(range(64), 2))
-    for place, needle in zip(at, needles, strict=True):
-        load.insert(place, needle)
-    handles = run_all(run, load)
-    assert run.counts.most_decodes >= 33
-    assert all(as_alone(run, handles[place]) for place in at)
-
-
-def test_cold_cold_and_warm_prefixes_give_the_same_bits() -> None:
-    shared = prompt_of(1, 270)
-    load = [(shared[:n] + prompt_of(n, 3), greedy(6)) for n in (1, 31, 160, 257, 270)]
-    first, second = engine(), engine()
-    cold = [run_all(e, [r])[0] for r in load for e in (first,)]
-    reused = first.counts.reused_tokens
-    again = run_all(second, load[::-1])[::-1]
-    warm = run_all(first, load)
-    assert first.counts.reused_tokens - reused >= 160 + 256 + 256
-    for a, b, c in zip(cold, again, warm, strict=True):
-        assert as_alone(first, a) and as_alone(second, b) and as_alone(first, c)
-
-
-def test_preempted_requests_are_read_again_to_the_same_bits() -> None:
-    run = engine(dataclasses.replace(CONFIG, prefix_caching=False))
-    load = [(prompt_of(i, 100), hot(i, 90, logprobs=1)) for i in range(8)]
-    handles = run_all(run, load)  # 1520 tokens in a cache of 1024
-    assert run.counts.preemptions >= 2
-    assert run.counts.prompt_tokens > 8 * 100
-    assert all(as_alone(run, h) for h in handles)
-
-
 def test_scattered_pages_give_the_same_bits() -> None:
     run = engine()
     random.Random(2).shuffle(run._scheduler.pool._free)
@@ -186,55 +255,22 @@ def test_scattered_pages_give_the_same_bits() -> None:
     assert as_alone(run, handle)
 
 
-def test_bursts_around_a_request_leave_its_bits() -> None:
+def test_samples_of_one_prompt_are_those_of_generate() -> None:
+    (run, samples), _ = samples_of_one_prompt("portable")
+    wanted = jdet.generate(model(), [prompt_of(3, 33)], hot(11, 6, n=4))
+    assert same_completions(run.completions(samples), wanted)
+
+
+def test_a_cancelled_request_keeps_the_beginning_of_its_run_alone() -> None:
     run = engine()
-    long = run.submit(prompt_of(1, 20), greedy(90))
-    others, heights = [], set()
-    for burst in range(6):
-        others += [run.submit(prompt_of(n, n), hot(n, 4)) for n in range(burst + 1, burst + 8)]
-        while any(not h.done for h in others):
-            run.step()
-            heights.add(len(run._scheduler.running))
-        assert not long.done
-    assert len(heights) >= 3 and 8 in heights and run.counts.mixed_steps >= 6
-    while run.step():
-        pass
-    assert as_alone(run, long) and all(as_alone(run, h) for h in others)
-
-
-def test_samples_of_one_prompt_differ_and_are_those_of_generate() -> None:
-    params = hot(11, 6, n=4)
-    run = engine()
-    handles = run_all(run, [(prompt_of(3, 33), params), (prompt_of(4, 20), greedy(9))])
-    samples = run.completions(handles[0])
-    assert [c.sample_index for c in samples] == [0, 1, 2, 3]
-    assert len({tuple(c.token_ids) for c in samples}) == 4
-    assert same_completions(samples, jdet.generate(model(), [prompt_of(3, 33)], params))
-
-
-def test_a_cancelled_mate_changes_nothing_and_its_pages_come_back() -> None:
-    run = engine()
-    kept = [run.submit(prompt_of(i, 30), hot(i, 30)) for i in range(3)]
-    reading = run.submit(prompt_of(8, 330), greedy(30))
-    for _ in range(6):
+    handle = run.submit(prompt_of(9, 5), greedy(60))
+    for _ in range(9):
         run.step()
-    generating = run.submit(prompt_of(9, 5), greedy(60))
-    waiting = [run.submit(prompt_of(i, 9), greedy(60)) for i in range(10, 16)]
-    assert 0 < reading.requests[0].computed < 330
-    run.cancel(reading)
-    while not generating.requests[0].token_ids:
-        run.step()
-    for handle in (generating, *waiting):
-        run.cancel(handle)
-        run.cancel(handle)  # a second time: nothing happens
-    while run.step():
-        pass
-    assert all(as_alone(run, h) for h in kept)
-    assert [c.finish_reason for c in run.completions(generating)] == ["cancelled"]
+    run.cancel(handle)
     whole = alone(tuple(prompt_of(9, 5)), greedy(60))[0]
-    (partial,) = run.completions(generating)
+    (partial,) = run.completions(handle)
+    assert partial.finish_reason == "cancelled"
     assert partial.logprobs == whole.logprobs[: len(partial.token_ids)] != []
-    assert run._scheduler.pool.available == CONFIG.num_pages
 
 
 def test_top_logprobs_hold_the_chosen_tokens_bits() -> None:

@@ -230,6 +230,14 @@ def test_shapes_are_few_and_fit_the_budget(batch: int) -> None:
     assert config.num_pages == max(batch * 16, 32)
 
 
+def test_numbers_of_rows_that_are_given_are_those_compiled() -> None:
+    config = EngineConfig(
+        max_batch_size=32, chunk_sizes=(16, 64), chunk_rows=(1, 32), decode_rows=(32,)
+    )
+    assert config.decode_sizes == (32,)
+    assert config.chunk_shapes == ((1, 16), (32, 16), (1, 64), (8, 64))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -241,6 +249,9 @@ def test_shapes_are_few_and_fit_the_budget(batch: int) -> None:
         ({"chunk_sizes": (64, 16)}, "ascending integers from 1"),
         ({"chunk_sizes": (500,)}, "the first must be at most 480"),
         ({"chunk_sizes": (16, 1024)}, "up to max_tokens_per_step=512"),
+        ({"chunk_rows": (4, 8)}, "chunk_rows=(4, 8); the first must be 1"),
+        ({"decode_rows": (1, 8)}, "decode_rows=(1, 8); the last must be max_batch_size=32"),
+        ({"decode_rows": ()}, "decode_rows=(); allowed: ascending integers from 1"),
         ({"num_pages": True}, "num_pages=True; allowed: integers from 1"),
     ],
 )

@@ -223,6 +223,20 @@ def test_pages_give_the_bits_of_a_contiguous_cache(
     assert_same_bits(attend(invariant, q, *pages, positions, 256, table), whole)
 
 
+def test_schedules_agree_on_pages(request_of, paged, dtype, assert_same_bits):
+    """In pages of 32 a split of 64 is gathered; the table ends inside of the last one."""
+    positions = np.array([[*range(60, 90)], [*range(30)]], np.int32)
+    q, k, v = request_of(0, SMOL, 30, 96, dtype, batch=2)
+    *pages, table = paged(k, v, positions, 32)
+    whole, tiled = (
+        jit(f, static_argnames=("scale", "kv_split"))(
+            q, *pages, positions, table, scale=0.125, kv_split=64
+        )
+        for f in (portable.attention_whole, portable.attention_tiled)
+    )
+    assert_same_bits(tiled, whole)
+
+
 def test_pages_are_right(attend, request_of, paged, implementation, dtype, assert_attends):
     """Plain XLA and the reference as well, whatever lies in pages that nobody uses."""
     positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
