@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the decoder's parameters: which, whether they fit, and how read."""
+"""From a checkpoint's tensors to the decoder's parameters: which, and whether they fit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable

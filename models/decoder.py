@@ -12,6 +12,7 @@ from jdet.cache import KVCache
 from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
 from jdet.ops import Ops
+from jdet.pallas_kernels.gated_matmul import Activation
 
 
 class RopeTable(nnx.Variable):
@@ -125,7 +126,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.gate_up = _weight(rngs, (2 * inner, hidden), dtype)
         self.down = _weight(rngs, (hidden, inner), dtype)
 

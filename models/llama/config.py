@@ -6,7 +6,7 @@ from jdet.models.family import Json, read_shape, refuse
 
 
 def read_config(config: Json) -> dict[str, Any]:
-    """The fields of `DecoderConfig`. Llama has no windows: a config with one means another model."""
+    """The fields of `DecoderConfig`. Llama has no windows: a config with one is another model's."""
     refuse(config, "use_sliding_window", "sliding_window")
     return read_shape(config)
 

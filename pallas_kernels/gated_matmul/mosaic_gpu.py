@@ -5,8 +5,8 @@ bfloat16 or float16 operands, and results of their dtype.
 
 Tree: g and u are what `matmul` of mosaic_gpu returns, bit for bit (the same accumulators, one
 leaf, rounded to the operands' dtype). Then, in float32, one fixed sequence of instructions for
-every element (`silu_mul`, `gelu_mul`), so that no compiler can fuse it one way in one schedule and another
-way in the next; then one rounding.
+every element (`silu_mul`, `gelu_mul`), so that no compiler can fuse it one way in one schedule
+and another way in the next; then one rounding.
 
 The formula, with c = -log2(e) rounded to float32 and c' the rest of it:
 
