@@ -1,6 +1,7 @@
 """From a name or a path to a model that runs."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from jdet.io.checkpoint import open_checkpoint
 from jdet.io.errors import CheckpointError
 from jdet.io.resolve import resolve
 from jdet.io.tokenizer import Tokenizer
-from jdet.models.checkpoint import check_tensors, entries, read_parameter
+from jdet.models.checkpoint import check_tensors, entries, named_as_mapped, read_parameter
 from jdet.models.config import CONFIGS, DecoderConfig
-from jdet.models.decoder import Decoder, RopeTable, rope_table
+from jdet.models.decoder import Decoder, rope_tables
 from jdet.ops import Ops, default_implementation
 
 DTYPES = ("bfloat16", "float32")
@@ -62,6 +63,24 @@ def _check_dtype(dtype: DTypeLike) -> Any:
     return jnp.dtype(name)
 
 
+def check_memory(source: str, needed: int, device: Any) -> None:
+    """Raise unless the weights fit into what the device says is free; the CPU says nothing.
+
+    Raises:
+      CheckpointError: they do not; it says by how much.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if needed > free:
+        gib = 1 << 30
+        raise CheckpointError(
+            f"{source}: its weights take {needed / gib:.2f} GiB and {device} has"
+            f" {free / gib:.2f} GiB free: {(needed - free) / gib:.2f} GiB too much"
+        )
+
+
 def load(
     name_or_path: str = "smollm2-135m-instruct",
     *,
@@ -82,7 +101,8 @@ def load(
 
     Raises:
       ValueError: unknown name, unsupported family or dtype; a file that is damaged or does
-        not fit its config (all that is wrong with it, together).
+        not fit its config (all that is wrong with it, together); weights that do not fit into
+        the device's memory (by how much). All of it before the device holds anything.
       NotImplementedError: an implementation that does not cover every op yet.
     """
     dtype = _check_dtype(dtype)
@@ -95,12 +115,19 @@ def load(
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(state))
-    check_tensors(config, checkpoint.tensors, lambda p: flat[p].shape, checkpoint.source)
+    tensors = named_as_mapped(config, checkpoint.tensors)
+    check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
+    needed = sum(math.prod(v.shape) * v.dtype.itemsize for v in flat.values())
+    check_memory(checkpoint.source, needed, jax.devices()[0])
+    before = None
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
-        array = jax.device_put(read_parameter(checkpoint.tensors, names, dtype))
-        flat[path] = flat[path].replace(array)
-    for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
-        flat[name,] = RopeTable(jnp.asarray(table))
+        value = read_parameter(config, path, tensors, names, flat[path].dtype)
+        array = jax.device_put(value)
+        # Two parameters at most stand in the host's memory: one read, one on its way.
+        jax.block_until_ready(before)
+        flat[path], before = flat[path].replace(array), array
+    for path, table in rope_tables(config).items():
+        flat[path] = flat[path].replace(jnp.asarray(table))
     decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))
     return LanguageModel(name_or_path, decoder, checkpoint.tokenizer, ops)
 

@@ -23,12 +23,14 @@ OPS = (
     "attention",
     "embed",
     "gated_matmul",
+    "gelu_mul",
     "log_normalizer",
     "matmul",
     "qkv_heads",
     "rms_norm",
     "rope",
     "silu_mul",
+    "soft_cap",
 )
 IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu", "jax_triton")
 

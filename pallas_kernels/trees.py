@@ -53,6 +53,7 @@ _TANH = (
     1.33314422036e-1,
     -3.33332819422e-1,
 )
+_GELU = (1.5957691216057308, 0.07135481627260025)  # 2 sqrt(2 / pi), and 0.044715 times it
 _SQRT_HALF = 0.70710678118654752440
 
 
@@ -128,3 +129,9 @@ def tanh(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
 def silu(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     """x / (1 + e**-x)."""
     return x / (jnp.float32(1.0) + exp(-x))
+
+
+def gelu_tanh(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 x**3), as x / (1 + e**-2u)."""
+    twice = x * (jnp.float32(_GELU[0]) + jnp.float32(_GELU[1]) * (x * x))
+    return x / (jnp.float32(1.0) + exp(-twice))

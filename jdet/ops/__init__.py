@@ -26,14 +26,18 @@ from jdet.ops.checks import (
     check_scores,
 )
 from jdet.pallas_kernels import OPS, implementation_of
+from jdet.pallas_kernels.gated_matmul import Activation
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
+    "embed": ("scale",),
+    "gated_matmul": ("activation",),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
     "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
+    "soft_cap": ("cap",),
 }
 
 
@@ -89,10 +93,14 @@ class Ops:
         return self.contract.fingerprint(self.implementation)
 
     def embed(
-        self, tokens: Int32[Array, "*rows"], table: Float[Array, "V D"]
+        self,
+        tokens: Int32[Array, "*rows"],
+        table: Float[Array, "V D"],
+        *,
+        scale: float | None = None,
     ) -> Float[Array, "*rows D"]:
-        """Rows of `table`; a token outside it gives NaN."""
-        return _op("embed", self.implementation)(tokens, table)
+        """Rows of `table`, times `scale` rounded to its dtype; a token outside it gives NaN."""
+        return _op("embed", self.implementation)(tokens, table, scale=scale)
 
     def matmul(
         self,
@@ -116,15 +124,21 @@ class Ops:
         return y.reshape(*x.shape[:-1], w.shape[0])
 
     def gated_matmul(
-        self, x: Float[Array, "*rows K"], w: Float[Array, "two_f K"]
+        self,
+        x: Float[Array, "*rows K"],
+        w: Float[Array, "two_f K"],
+        *,
+        activation: Activation = "silu",
     ) -> Float[Array, "*rows f"]:
-        """silu(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
+        """activation(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
 
         Both products are `matmul`'s, rounded to x's dtype before the gate
         (`pallas_kernels.gated_matmul.reference`).
         """
-        check_gated_matmul(x, w)
-        y = _op("gated_matmul", self.implementation)(x.reshape(-1, x.shape[-1]), w)
+        check_gated_matmul(x, w, activation)
+        y = _op("gated_matmul", self.implementation)(
+            x.reshape(-1, x.shape[-1]), w, activation=activation
+        )
         return y.reshape(*x.shape[:-1], w.shape[0] // 2)
 
     def rms_norm(
@@ -222,6 +236,14 @@ class Ops:
     def silu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:
         """silu(gate) * up of the two halves of the last axis."""
         return _op("silu_mul", self.implementation)(gate_up)
+
+    def gelu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:
+        """gelu(gate) * up of the two halves of the last axis, GELU in its tanh form."""
+        return _op("gelu_mul", self.implementation)(gate_up)
+
+    def soft_cap(self, x: Float[Array, "*rows V"], cap: float) -> Float[Array, "*rows V"]:
+        """cap * tanh(x / cap)."""
+        return _op("soft_cap", self.implementation)(x, cap=cap)
 
     def log_normalizer(self, logits: Float[Array, "*rows V"]) -> LogNormalizer:
         """What turns logits into log-probabilities, in float32, and the argmax of each row."""

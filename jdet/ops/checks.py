@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array
 
 from jdet.pallas_kernels.attention.pages import check_pages
+from jdet.pallas_kernels.gated_matmul import ACTIVATIONS
 
 
 def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
@@ -20,8 +21,12 @@ def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
         raise ValueError(f"matmul: K={w.shape[1]} cannot be cut into {leaves} equal leaves")
 
 
-def check_gated_matmul(x: Array, w: Array) -> None:
-    """Raise ValueError unless x[..., K] and w[2 F, K] fit."""
+def check_gated_matmul(x: Array, w: Array, activation: str = "silu") -> None:
+    """Raise ValueError unless x[..., K] and w[2 F, K] fit and the activation is known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"gated_matmul: activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}"
+        )
     if w.ndim != 2 or x.shape[-1] != w.shape[1] or w.shape[0] % 2:
         raise ValueError(
             f"gated_matmul: x {x.shape} and w {w.shape}; w must be [2 F, K={x.shape[-1]}]"

@@ -1,6 +1,8 @@
 """Loading: everything wrong with a checkpoint in one error, before anything is read."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 import safetensors.numpy
 
 import jdet
+import jdet.models.load
 from jdet.models.checkpoint import check_tensors, entries
 from jdet.models.config import CONFIGS, DecoderConfig
+from jdet.models.load import check_memory
 from jdet.testing import small_config
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
@@ -63,9 +67,22 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
     assert len(names) == len(set(names))
     published = {
         "SmolLM2-135M": 134.5e6,
+        "Llama-3.1-8B": 8.03e9,
+        "Llama-3.2-1B": 1.236e9,
+        "Llama-3.2-3B": 3.213e9,
+        "Mistral-7B-v0.1": 7.242e9,
+        "Mistral-7B-v0.3": 7.248e9,
+        "Qwen2.5-0.5B": 494e6,
+        "Qwen2.5-7B": 7.616e9,
         "Qwen3-0.6B": 596e6,
         "Qwen3-1.7B": 1.72e9,
+        "Qwen3-4B": 4.02e9,
         "Qwen3-8B": 8.19e9,
+        "Qwen3-14B": 14.8e9,
+        "Qwen3-32B": 32.8e9,
+        "Gemma-3-270m": 268e6,
+        "Gemma-3-1B": 1.0e9,
+        "Gemma-3-4B": 3.88e9,  # without the vision tower
     }
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
@@ -80,9 +97,30 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"vocab_size": None}, "vocab_size"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"hidden_act": "gelu"}, "'gelu' is not supported; use: silu, gelu_pytorch_tanh"),
+        ({"vocab_size": None}, "lacks 'vocab_size'"),
+        ({"hidden_size": "576"}, "hidden_size='576'; expected a positive integer"),
+        ({"num_key_value_heads": 4}, "9 attention heads over 4 key heads"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor=None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4}},
+            "high_freq_factor=None",
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=true"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]},
+            "linear_attention",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "'sliding_window'"),
+        ({"model_type": "gemma3"}, "text_config"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     ],
 )
 def test_what_a_config_asks_for_and_we_have_not_is_refused(
@@ -99,6 +137,75 @@ def test_nothing_is_read_before_the_check() -> None:
     tensors = {n: FakeTensor((1,)) for _, group in entries(config) for n in group}
     with pytest.raises(ValueError, match="and .* more"):
         check_tensors(config, tensors, lambda path: (2,), "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    stats: dict[str, int] | None
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return self.stats
+
+    def __str__(self) -> str:
+        return "fake:0"
+
+
+def test_model_too_large_for_the_device() -> None:
+    gib = 1 << 30
+    device = FakeDevice({"bytes_limit": 80 * gib, "bytes_in_use": 70 * gib})
+    with pytest.raises(ValueError, match="take 16.00 GiB and fake:0 has 10.00 .* 6.00 GiB too"):
+        check_memory("model", 16 * gib, device)
+    check_memory("model", 10 * gib, device)
+    for stats in (None, {}):  # a device that does not say
+        check_memory("model", 10 * gib, FakeDevice(stats))
+
+
+def test_memory_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(source: str, needed: int, device: Any) -> None:
+        seen.append(needed)
+        raise ValueError("full")
+
+    monkeypatch.setattr(jdet.models.load, "check_memory", spy)
+    monkeypatch.setattr(jdet.models.load, "read_parameter", None)
+    with pytest.raises(ValueError, match="full"):
+        jdet.load(str(GOLDEN), dtype="float32")
+    stored = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
+    tables = 2 * 512 * 16 * 4
+    assert seen == [sum(t.nbytes for t in stored.values()) + tables]
+
+
+def test_truncated_shard_is_recognised(tmp_path: Path) -> None:
+    source = GOLDEN.parent / "tiny_llama3"
+    for file in source.iterdir():
+        shutil.copy(file, tmp_path)
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged or truncated"):
+        jdet.load(str(tmp_path))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"'{shard.name}' .* is missing"):
+        jdet.load(str(tmp_path))
+
+
+def test_config_and_weights_of_different_models(tmp_path: Path) -> None:
+    """A config of other sizes, one with biases the file lacks, and one of another family."""
+    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
+    config = json.loads((GOLDEN / "config.json").read_text())
+    del config["layer_types"]
+    for change, parts in (
+        ({"num_hidden_layers": 3, "hidden_size": 128}, ("missing model.layers.2", "expected")),
+        ({"attention_bias": True}, ("missing model.layers.0.self_attn.q_proj.bias", "k_proj.bias")),
+        ({"model_type": "llama"}, ("unexpected model.layers.0.self_attn.q_norm.weight",)),
+        ({"tie_word_embeddings": True, "num_hidden_layers": 1}, ("unexpected model.layers.1",)),
+        ({"model_type": "gpt_bigcode"}, ("gpt_bigcode", "llama, mistral, qwen2, qwen3, gemma3")),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError) as error:
+            jdet.load(str(tmp_path))
+        for part in (str(tmp_path), *parts):
+            assert part in str(error.value)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -29,6 +29,7 @@ WRONG_GATED_MATMUL = {
     "other K": ((zeros(5, 8), zeros(6, 4)), r"x \(5, 8\) and w \(6, 4\).*K=8"),
     "no second half": ((zeros(5, 8), zeros(3, 8)), r"w \(3, 8\); w must be \[2 F"),
     "other dtype": ((zeros(5, 8), zeros(6, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
+    "activation": ((zeros(5, 8), zeros(6, 8), "gelu"), "'gelu'; allowed: silu, gelu_tanh"),
 }
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
