@@ -157,7 +157,7 @@ def test_any_composition_gives_the_solo_bits(
 
 
 # Over three splits of 16 keys and past a window of 20.
-LONG, SHORT = 37, 5
+LONG = 37
 
 
 @functools.cache
@@ -171,8 +171,8 @@ def family_model(family: str, implementation: str) -> LanguageModel:
 
 
 @functools.cache
-def prompt_and_step(ops: Ops, cache_length: int) -> Callable[..., jax.Array]:
-    """Log-probs after the prompts of a batch, and after one token more each: [B, 2, V].
+def prompt_and_step(ops: Ops, cache_length: int, step: bool) -> Callable[..., jax.Array]:
+    """Log-probs after the prompts of a batch and, by a step, after one token more: [B, 1 or 2, V].
 
     The decoder alone, since the families share the rest: sampling takes longest to compile.
     """
@@ -181,30 +181,31 @@ def prompt_and_step(ops: Ops, cache_length: int) -> Callable[..., jax.Array]:
         cache = create_cache(decoder.config, len(tokens), cache_length, decoder.dtype, unused)
         prompts = Group(tokens, prompt_positions(tokens, lengths))
         (hidden,), cache = decoder((prompts,), cache, ops)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        (step,), _ = decoder((Group(following[:, None], lengths[:, None]),), cache, ops)
-        return ops.log_softmax(decoder.logits(jnp.concatenate([last, step], 1), ops))
+        ends = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        if step:
+            (more,), _ = decoder((Group(following[:, None], lengths[:, None]),), cache, ops)
+            ends = jnp.concatenate([ends, more], 1)
+        return ops.log_softmax(decoder.logits(ends, ops))
 
     return jdet.jit(run, implementation=ops.implementation)
 
 
-@functools.cache
 def family_batch(family: str, implementation: str, batch_size: int) -> np.ndarray:
-    """Log-probs of the long request, and of the short one, in a batch; alone if its size is 1."""
+    """Log-probs of one request at a random row of a batch; alone if its size is 1."""
     model = family_model(family, implementation)
     rng = np.random.default_rng(batch_size)
     poison = implementation != "xla"
     width, cache_length = (LONG, 48) if batch_size == 1 else (44, 64)
     lengths = rng.integers(1, 44, batch_size)
-    places = rng.permutation(batch_size)[:2]
-    lengths[places] = (LONG, SHORT)[:batch_size]
+    place = int(rng.integers(batch_size))
+    lengths[place] = LONG
     tokens = np.full((batch_size, width), model.config.vocab_size if poison else 0, np.int32)
     following = rng.integers(0, 160, batch_size)
     for row, length in enumerate(lengths):
         tokens[row, :length] = rng.integers(0, 160, length)
-    for row, length in zip(places, (LONG, SHORT), strict=False):
-        tokens[row, :length], following[row] = prompt_of(length, 160), 7
-    run = prompt_and_step(model.ops, cache_length)
+    tokens[place, :LONG], following[place] = prompt_of(LONG, 160), 7
+    step = family == "gemma3"  # it has what the others have, but for biases
+    run = prompt_and_step(model.ops, cache_length, step)
     out = run(
         model.decoder,
         jnp.asarray(tokens),
@@ -212,28 +213,21 @@ def family_batch(family: str, implementation: str, batch_size: int) -> np.ndarra
         jnp.asarray(following, jnp.int32),
         float("nan") if poison else 0.0,
     )
-    assert out.shape == (batch_size, 2, 160), "another batch was formed"
-    return np.asarray(out)[places]
+    assert out.shape == (batch_size, 1 + step, 160), "another batch was formed"
+    return np.asarray(out)[place]
 
 
-@pytest.mark.parametrize(
-    ("family", "batch_size"), [("mistral", 9), ("qwen2", 33), ("gemma3", 4), ("gemma3", 9)]
-)
+@pytest.mark.parametrize(("family", "batch_size"), [("mistral", 4), ("qwen2", 33), ("gemma3", 9)])
 def test_each_family_has_the_same_bits_in_any_batch(family: str, batch_size: int) -> None:
     alone = family_batch(family, "portable", 1)
     crowd = family_batch(family, "portable", batch_size)
     assert np.isfinite(crowd).all()
-    assert alone[0].tobytes() == crowd[0].tobytes()
-
-
-def test_a_short_request_has_the_same_bits_among_long_ones() -> None:
-    few, many = (family_batch("gemma3", "portable", n)[1] for n in (4, 9))
-    assert few.tobytes() == many.tobytes()
+    assert alone.tobytes() == crowd.tobytes()
 
 
 def test_plain_xla_fails_the_comparison_of_a_family() -> None:
     alone, small = (family_batch("gemma3", "xla", n) for n in (1, 9))
-    assert alone[0].tobytes() != small[0].tobytes()
+    assert alone.tobytes() != small.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
