@@ -12,7 +12,7 @@ from jdet.sampling import SamplingParams, bias_pairs, stop_tokens
 
 OnTokens = Callable[[int, int, list[int]], None]
 
-# Tokens of prompts that a step reads at most: more are no faster, and need more memory.
+# Tokens of prompts that a step reads at most: enough to keep a device busy.
 _READ_AT_ONCE = 512
 _SMALLEST_CHUNK = 16
 # Room for stop tokens and biases: enough for all but exotic requests.
@@ -45,7 +45,7 @@ def _sizes(model: LanguageModel, requests: Sequence[_Request], batch_size: int) 
     """
     page = model.ops.contract.kv_split  # a split in one piece: less to gather
     eos = () if model.tokenizer is None else model.tokenizer.eos_token_ids
-    rows = min(bucket(sum(p.n for _, p in requests), 1), batch_size)
+    rows = min(bucket(sum(p.n for _, p in requests), 1), int(batch_size))
     tokens = [len(ids) + p.max_tokens for ids, p in requests for _ in range(p.n)]
     pages = sorted((-(-count // page) for count in tokens), reverse=True)
     chunks = [min(bucket(max(len(ids) for ids, _ in requests), _SMALLEST_CHUNK), _READ_AT_ONCE)]

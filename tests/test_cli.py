@@ -119,7 +119,7 @@ def test_bad_request(arguments, expected, tiny, run, monkeypatch):
     def compiles(*_args, **_kwargs):
         raise AssertionError("refused too late: the model would have been compiled")
 
-    monkeypatch.setattr("jdet.generation._run_batch", compiles)
+    monkeypatch.setattr("jdet.generation.Engine", compiles)
     if "--model" not in arguments:
         arguments = [*arguments, "--model", tiny]
     assert_refused(run("generate", *arguments), expected)
