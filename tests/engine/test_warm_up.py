@@ -12,9 +12,7 @@ def test_what_greedy_requests_need_is_compiled_and_nothing_else() -> None:
     config = dataclasses.replace(DecoderConfig.from_hf(tiny_config()), num_hidden_layers=1)
     # A contract of its own: programs are shared by engines with the same ops.
     model = jdet.random_model(config, contract=jdet.Contract(leaves=4))
-    engine = Engine(
-        model, EngineConfig(max_batch_size=2, max_tokens_per_step=18, max_model_len=64)
-    )
+    engine = Engine(model, EngineConfig(max_batch_size=2, max_tokens_per_step=18, max_model_len=64))
     greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     engine.warm_up([greedy])
     compiled = engine.compiles
