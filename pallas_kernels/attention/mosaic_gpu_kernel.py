@@ -222,7 +222,7 @@ def attention_kernel(
                 for j in range(d.tiles):
                     release(j)
             if d.cap is not None:
-                scores = [capped(x) for x in scores]
+                scores = [capped(x, d.cap) for x in scores]
             if limit is not None:
                 for j in range(d.tiles):
                     # Loaded anew: an iota would be hoisted out of all loops, into registers
@@ -233,7 +233,7 @@ def attention_kernel(
                     if last.ndim:
                         last = _across(last, d.tile)
                     seen = key <= last
-                    if windowed:
+                    if d.sliding_window is not None:
                         seen &= key > last - d.sliding_window
                     scores[j] = jnp.where(seen, scores[j], -jnp.inf)
             m = scores[0].max(axis=1)
@@ -280,11 +280,11 @@ def attention_kernel(
                     release(d.tiles + j)
             return m, total, [out]
 
-        def capped(x):
+        def capped(x, cap):
             """c tanh(score / c) in units of log2 e: c - 2 c / (e^(2 score / c) + 1)."""
             power = jnp.exp2(x * d.factor)
             part = exact("rcp.approx.ftz.f32", plgpu.Layout.WGMMA, interpret, power + 1.0)
-            return fma(part, -2.0 * d.cap, d.cap)
+            return fma(part, -2.0 * cap, cap)
 
         def clear(slot, low, last):
             """Zeros the rows of V before `low` and after `last`: they may hold anything.

@@ -1,4 +1,4 @@
-"""The kernels on rows as ptxas has them: nothing spilled, and nothing joined that was not named.
+"""The kernels as ptxas has them: what is spilled, and that nothing is joined that was not named.
 
 A product and a sum that a compiler joins in one schedule and not in another would make two trees
 of one.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jdet.pallas_kernels.attention import mosaic_gpu
 from jdet.pallas_kernels.log_normalizer.mosaic_gpu import log_normalizer
 from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm, schedules
 
@@ -65,3 +66,40 @@ def test_log_normalizer(kernels, vocabulary):
     opcodes, spilled = found["jdet_log_normalizer_merge"]
     # Those of libdevice's logarithm.
     assert spilled == 0 and opcodes["mul.rn.f32"] > 0
+
+
+WINDOW = {"sliding_window": 300}
+BOTH = {"sliding_window": 300, "soft_cap": 50.0}
+# Heads, heads of keys, head size; queries; schedule; options; bytes that may be spilled, stores and
+# loads, which ptxas reports twice.
+ATTENTION = {
+    "decode": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), {}, 300),
+    "decode, window": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), WINDOW, 320),
+    "decode, both": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), BOTH, 520),
+    "prefill, both": ((9, 3, 64), 300, mosaic_gpu.Schedule("walked", wgs=2), BOTH, 0),
+    "decode of 256": ((8, 4, 256), 1, mosaic_gpu.Schedule("spread"), {}, 2600),
+    "prefill of 256, both": ((8, 4, 256), 300, mosaic_gpu.Schedule("walked"), BOTH, 3200),
+}
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "schedule", "options", "room"), ATTENTION.values(), ids=ATTENTION
+)
+def test_attention(kernels, heads, length, schedule, options, room):
+    h, n, dim = heads
+    q = jax.ShapeDtypeStruct((8, length, h, dim), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((8, n, 1024, dim), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((8, length), jnp.int32)
+
+    def attend(q, k, v, positions):
+        return mosaic_gpu.attention(
+            q, k, v, positions, scale=1.0, kv_split=256, schedule=schedule, **options
+        )
+
+    opcodes, spilled = kernels(attend, q, cache, cache, positions)["jdet_attention"]
+    # Of each split that is compiled, masked and not if walked: a score, a value of o, two of l.
+    scores, values = 128, min(dim, 128) // 2
+    splits = 1 if schedule.kind == "spread" else 2
+    assert opcodes["fma.rn.f32"] == splits * (scores + values + 2)
+    assert opcodes["rcp.approx.ftz.f32"] == (splits * scores if "soft_cap" in options else 0)
+    assert spilled <= room

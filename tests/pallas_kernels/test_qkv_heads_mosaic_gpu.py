@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jdet.pallas_kernels.qkv_heads import mosaic_gpu, reference
 
 EPS = 1e-5
-# Windows: of 16 heads; of 8 that overlap; of 2 and 1; four threads' worth of one head.
-SIZES = ((17, 8, 64), (9, 3, 64), (3, 1, 128), (2, 2, 96))
+# Windows: of 16 heads; of 8 that overlap; of 2 and 1; four threads' worth of one head; long ones.
+SIZES = ((17, 8, 64), (9, 3, 64), (3, 1, 128), (2, 2, 96), (4, 1, 256))
 
 
 def arguments(size: tuple[int, int, int], positions: Any, *, norms: bool) -> dict[str, Any]:
