@@ -11,15 +11,21 @@ if TYPE_CHECKING:
     from jdet.certify.assertions import BatchVariance as BatchVariance
     from jdet.certify.assertions import assert_batch_invariant as assert_batch_invariant
     from jdet.certify.assertions import assert_same_bits as assert_same_bits
+    from jdet.certify.auditing import Audit as Audit
+    from jdet.certify.auditing import audit as audit
     from jdet.certify.bisection import Bisection as Bisection
     from jdet.certify.bisection import bisect as bisect
+    from jdet.certify.targets import without_device as without_device
 
 _HOME = {
+    "Audit": "jdet.certify.auditing",
     "BatchVariance": "jdet.certify.assertions",
     "Bisection": "jdet.certify.bisection",
     "assert_batch_invariant": "jdet.certify.assertions",
     "assert_same_bits": "jdet.certify.assertions",
+    "audit": "jdet.certify.auditing",
     "bisect": "jdet.certify.bisection",
+    "without_device": "jdet.certify.targets",
 }
 
 __all__ = [*sorted(_HOME)]
