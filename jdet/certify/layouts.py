@@ -97,9 +97,12 @@ def _layout(
 ) -> Layout:
     """Of a step's output; `seen`: as the two shapes alone have it, None where they do not say."""
     told = _told(step, operands, shape)
-    if told is not None and (seen is None or _agree(told, seen)):
+    if told is not None and (seen is None or _agree(told, seen, shape)):
         return told
     if isinstance(seen, Rows):
+        if step.primitive == "broadcast_in_dim" and math.prod(operands[0][1]) == 1:
+            # Of one number, in whatever order rows are merged into the axis.
+            return seen
         return seen if seen.major * seen.minor == 1 else _merged_as(seen, operands) or UNKNOWN
     # Of rows with padding around them the shapes may be the same at both sizes.
     padded = any(x is UNKNOWN or isinstance(x, Rows) and not x.fills(s) for x, s in operands)
@@ -118,9 +121,12 @@ def _grown(shape: Sequence[int], other: Sequence[int], size: int, probe: int) ->
     return Rows(axes[0], size, major=a // size)
 
 
-def _agree(told: Layout, seen: Layout) -> bool:
-    # A padded batch may have one size in both traces, so "shared" denies no axis.
-    return not isinstance(seen, Rows) or isinstance(told, Rows) and told.axis == seen.axis
+def _agree(told: Layout, seen: Layout, shape: tuple[int, ...]) -> bool:
+    """Both may be true of a value of this shape."""
+    if isinstance(seen, Rows):
+        return isinstance(told, Rows) and told.axis == seen.axis
+    # Padding may take up what the batch grows by; rows that fill the axis show.
+    return not isinstance(told, Rows) or not told.fills(shape)
 
 
 def _merged_as(seen: Rows, operands: Sequence[tuple[Layout, Any]]) -> Rows | None:

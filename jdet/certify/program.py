@@ -117,7 +117,17 @@ def flatten(jaxpr: core.ClosedJaxpr) -> Program:
 
     inputs = tuple(number(_shape(var.aval)) for var in jaxpr.jaxpr.invars)
     outputs = tuple(walk(jaxpr, inputs, ""))
-    return Program(inputs, outputs, tuple(steps), constants, shapes)
+    return Program(inputs, outputs, _needed(steps, outputs), constants, shapes)
+
+
+def _needed(steps: Sequence[Step], outputs: Sequence[int]) -> tuple[Step, ...]:
+    """Without the steps whose results nobody reads, which XLA drops too."""
+    read, kept = set(outputs), []
+    for step in reversed(steps):
+        if step.equation.effects or not read.isdisjoint(step.outputs):
+            read.update(step.inputs)
+            kept.append(step)
+    return tuple(reversed(kept))
 
 
 def _source(equation: core.JaxprEqn) -> str:

@@ -106,6 +106,7 @@ class Walk:
 
     Attributes:
       untold: steps with a result that could not be compared.
+      found: an operation that differs, where nothing before it does: the walk ends there.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Walk:
     ) -> None:
         self.alone, self.enter = alone, enter
         self.untold: list[Step] = []
+        self.found: Found | None = None
         self.tracks = [
             _Track(
                 side,
@@ -138,6 +140,8 @@ class Walk:
                     track.values.update(zip(step.outputs, made, strict=True))
             if one is not None and two is not None:
                 self._pair(number, one, two)
+                if self.found:
+                    return self.found
             else:
                 self._single(number, one, two)
             for track, step in zip(self.tracks, (one, two), strict=True):
@@ -166,6 +170,10 @@ class Walk:
                 found = Found((dark[-1], dark[-1]), "between", 0, state, (), None, unread, values)
                 causes.append(((False, len(a.side.program.steps)), found))
         return min(causes, key=_rank)[1] if causes else None
+
+    def _only(self) -> bool:
+        """No earlier difference may still reach the results."""
+        return all(rank[0] for track in self.tracks for rank, _ in track.cause.values())
 
     def _inherited(
         self, steps: tuple[Step | None, Step | None]
@@ -217,6 +225,8 @@ class Walk:
                 # A row's own number differs by its nature, and picks the row out of arrays.
                 last = one.primitive == "iota"
                 why = (last, number), dataclasses.replace(inside, values=values)
+                if not last and inside.kind != "made" and self._only():
+                    self.found = why[1]
             elif cause[1].kind not in ("operation", "between") and cause[1].reaches is None:
                 why = cause[0], dataclasses.replace(cause[1], reaches=one)
             if why:

@@ -128,17 +128,6 @@ def test_rows_that_cannot_be_followed_are_reported() -> None:
     assert set(found.unread) <= set(found.skipped)
 
 
-def test_rows_made_of_one_key() -> None:
-    def noisy(x: jax.Array, w: jax.Array) -> jax.Array:
-        return x + jax.random.uniform(
-            jax.random.wrap_key_data(jnp.array([0, 7], jnp.uint32)), x.shape
-        )
-
-    found = between(noisy)
-    assert found.kind == "made" and "random_bits" in found.primitive
-    assert __file__ in found.source
-
-
 def test_a_difference_that_reaches_no_result_is_not_the_one() -> None:
     def gathered(x: jax.Array, w: jax.Array) -> jax.Array:
         unused = jnp.max(x) * 0  # differs in no result
