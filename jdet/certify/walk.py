@@ -10,7 +10,7 @@ import numpy as np
 from jdet.certify.layouts import SHARED, Rows
 from jdet.certify.program import Step, align
 from jdet.certify.sides import RECUT, SAME, UNTOLD, Side, compare
-from jdet.testing.bits import Difference
+from jdet.testing.bits import Difference, host
 
 # What moves elements and changes none: a batch size that needs no padding has one step less.
 _MOVES = """broadcast_in_dim concatenate copy expand_dims pad reshape rev slice squeeze
@@ -43,23 +43,44 @@ class Found:
 
 
 class Alone:
-    """Runs single steps, each compiled by itself, once a shape."""
+    """Runs single steps, each compiled by itself; equal steps on equal shapes are compiled once."""
 
     def __init__(self, options: dict[str, Any] | None) -> None:
         self.options = options
-        self._compiled: dict[int, tuple[Step, Callable[..., Any]]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        # Keys may hold ids of steps, so these must live.
+        self._kept: list[Any] = []
 
     def __call__(self, step: Step, values: dict[int, Any], constants: dict[int, Any]) -> list[Any]:
         """The step's outputs on the values given; scalars of the program stay constants."""
-        given = [i for i in step.inputs if np.size(constants.get(i, ())) != 1]
-        if id(step) not in self._compiled:
+        fixed = {
+            place: constants[i]
+            for place, i in enumerate(step.inputs)
+            if np.size(constants.get(i, ())) == 1
+        }
+        given = [place for place in range(len(step.inputs)) if place not in fixed]
+        key = self._key(step, fixed)
+        if key not in self._compiled:
 
             def run(*inputs: Any) -> list[Any]:
-                known = {**constants, **dict(zip(given, inputs, strict=True))}
-                return step.bind(*(known[i] for i in step.inputs))
+                known = {**fixed, **dict(zip(given, inputs, strict=True))}
+                return step.bind(*(known[place] for place in range(len(step.inputs))))
 
-            self._compiled[id(step)] = step, jax.jit(run, compiler_options=self.options)
-        return list(self._compiled[id(step)][1](*(values[i] for i in given)))
+            self._compiled[key] = jax.jit(run, compiler_options=self.options)
+        return list(self._compiled[key](*(values[step.inputs[place]] for place in given)))
+
+    def _key(self, step: Step, fixed: dict[int, Any]) -> Any:
+        self._kept.append(step)
+        numbers = tuple(
+            (place, str(host(x).dtype), getattr(x, "weak_type", None), host(x).tobytes())
+            for place, x in fixed.items()
+        )
+        try:
+            params = frozenset(step.params.items())
+        except TypeError:
+            # A parameter that cannot be hashed: the step is its own only like.
+            params = id(step)
+        return step.primitive, params, numbers
 
     def body(self, side: Side, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a whole program, its steps compiled one by one."""

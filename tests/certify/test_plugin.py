@@ -26,14 +26,11 @@ def test_size(assert_batch_invariant):
 
 def pytest_run(folder: pathlib.Path, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_theirs.py").write_text(TESTS)
-    # Installed, the plugin is loaded by its entry point; named here, it is loaded once too.
     command = [sys.executable, "-m", "pytest", "-p", "jdet.certify.plugin", "-q", *options]
+    # By its name alone: where this tree is installed its entry point would load it again.
+    alone = {"JAX_PLATFORMS": "cpu", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+        command, cwd=folder, env={**os.environ, **alone}, capture_output=True, text=True
     )
 
 
