@@ -99,7 +99,7 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """ "CERTIFIED" or how much was found, with the sizes and the platform."""
+        """CERTIFIED, or how much was found, with the sizes and the platform."""
         where = f"at batch sizes {', '.join(map(str, self.sizes))} on {self.platform}"
         if self.certified:
             return f"CERTIFIED {where}"
@@ -118,7 +118,7 @@ class Audit:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, color_system=None, file=None, record=True, quiet=False)
+        console = Console(width=140, color_system=None)
         with console.capture() as captured:
             console.print(self.table() if self.findings else self.verdict, markup=False)
             if self.unchanged:
