@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jdet import certify as certify
     from jdet.compiler import compiler_options as compiler_options
     from jdet.compiler import jit as jit
     from jdet.completion import Completion as Completion
@@ -43,10 +44,14 @@ _HOME = {
     "score": "jdet.scoring",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+_PACKAGES = ("certify",)
+
+__all__ = ["__version__", *sorted(_HOME), *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"jdet.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jdet' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -79,3 +79,22 @@ def test_wheel_imports_without_jax(wheel):
         sys.executable, "-c", code, cwd=wheel.parent, env={**os.environ, "PYTHONPATH": str(wheel)}
     )
     assert printed.splitlines() == [str(wheel / "jdet" / "__init__.py"), "False"]
+
+
+def test_wheel_brings_its_pytest_plugin(wheel, tmp_path):
+    """By its entry point, in a pytest that knows nothing of jdet, and without importing jax."""
+    (tmp_path / "test_theirs.py").write_text(
+        "import os, sys\n"
+        "def test(request):\n"
+        "    assert request.config.pluginmanager.hasplugin('jdet')\n"
+        "    assert 'jdet' in sys.modules and 'jax' not in sys.modules\n"
+        "    assert sys.modules['jdet'].__file__.startswith(os.environ['WHEEL'])\n"
+    )
+    # Other plugins of the environment may import jax.
+    others = [f"-pno:{name}" for name in ("jaxtyping", "hypothesispytest", "xdist")]
+    run(
+        *(sys.executable, "-m", "pytest", "-q", "--jdet-sizes=1,8", *others),
+        *("-p", "no:cacheprovider"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(wheel), "WHEEL": str(wheel)},
+    )

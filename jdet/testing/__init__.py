@@ -1,5 +1,6 @@
 """Small models and batch compositions for tests of equivalence, ours and yours."""
 
+from jdet.testing.bits import Difference, bit_patterns, first_difference, ulp_distance
 from jdet.testing.compositions import (
     Composition,
     compose,
@@ -12,8 +13,11 @@ from jdet.testing.soak import Soak, same_completions, soak
 
 __all__ = [
     "Composition",
+    "Difference",
     "Soak",
+    "bit_patterns",
     "compose",
+    "first_difference",
     "run_batch",
     "run_composition",
     "same_bits",
@@ -21,4 +25,5 @@ __all__ = [
     "small_config",
     "soak",
     "tiny_config",
+    "ulp_distance",
 ]

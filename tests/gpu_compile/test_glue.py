@@ -31,6 +31,7 @@ from flax import nnx
 
 import jdet
 from jdet.cache import create_cache
+from jdet.certify.hlo import Module, parse
 from jdet.decoding import DecodeState, decode
 from jdet.models.config import CONFIGS, DecoderConfig
 from jdet.models.decoder import Decoder
@@ -47,74 +48,10 @@ MODELS = {
     ),
 }
 
-MOVEMENT = """bitcast bitcast-convert broadcast concatenate constant copy dynamic-slice
-    dynamic-update-slice gather iota pad parameter reshape reverse slice transpose
-    copy-start copy-done""".split()
-CONTROL = "call conditional fusion get-tuple-element tuple while".split()
-ELEMENTWISE = """abs add and clamp compare convert divide floor maximum minimum multiply negate not
-    or select shift-left shift-right-arithmetic shift-right-logical subtract xor
-    reduce-precision""".split()
-CHOOSING = "parameter constant compare select and or not maximum minimum tuple".split()
-INTEGER = r"^\(?(pred|[su]\d+)\["
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of HLO."""
-
-    computation: str
-    root: bool
-    result: str
-    opcode: str
-    line: str
-
-
-def parse(hlo: str) -> list[Instruction]:
-    """The instructions of every computation."""
-    found, computation = [], ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            computation = header[1]
-        match = re.match(r"\s+(ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(", line)
-        if match:
-            found.append(Instruction(computation, bool(match[1]), match[2], match[3], line.strip()))
-    return found
-
 
 def findings(hlo: str) -> list[str]:
     """The lines that a row's bits could follow the batch through."""
-    instructions = parse(hlo)
-    bodies = collections.defaultdict(list)
-    for i in instructions:
-        bodies[i.computation].append(i)
-
-    def body(i: Instruction) -> list[Instruction]:
-        match = re.search(r"to_apply=%?([\w.-]+)", i.line)
-        assert match, i.line
-        return bodies[match[1]]
-
-    def harmless(i: Instruction) -> bool:
-        match i.opcode:
-            case "custom-call":
-                return 'custom_call_target="mosaic_gpu_v2"' in i.line
-            case "reduce":
-                # The combiner chooses among its operands, or adds integers.
-                return all(b.opcode in CHOOSING or re.match(INTEGER, b.result) for b in body(i))
-            case "scatter":
-                return all(b.opcode == "parameter" for b in body(i))
-            case "sort":
-                # Floats are compared by their bits or as they are; nothing is computed of them.
-                return all(
-                    b.opcode in (*CHOOSING, "bitcast-convert") or re.match(INTEGER, b.result)
-                    for b in body(i)
-                )
-            case "fusion":
-                return "triton" not in i.line
-            case opcode:
-                return opcode in (*MOVEMENT, *CONTROL, *ELEMENTWISE)
-
-    return [i.line for i in instructions if not harmless(i)]
+    return [i.line for i in Module(hlo).not_harmless()]
 
 
 @pytest.fixture(scope="session")
