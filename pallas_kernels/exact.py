@@ -10,11 +10,17 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+_SIMULATED = {
+    "mul.rn.f32": lambda x, y: x * y,
+    "fma.rn.f32": lambda x, y, z: x * y + z,
+    "rcp.approx.ftz.f32": lambda x: 1.0 / x,
+}
+
 
 def exact(instruction: str, layout: Any, interpret: bool, x: Any, *others: Any) -> jax.Array:
     """An instruction that no compiler may fuse with another; `others` are arrays or floats."""
     if interpret:
-        return x * others[0] if instruction == "mul.rn.f32" else x * others[0] + others[1]
+        return _SIMULATED[instruction](x, *others)
     arrays = [y for y in others if not isinstance(y, float)]
 
     @plgpu.inline_mgpu(

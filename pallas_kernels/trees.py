@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 # ln 2 in two parts: the first has 15 trailing zero bits, so that n * _LN2_HIGH is exact.
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
-# Minimax coefficients of the Cephes library (S. Moshier, netlib.org/cephes, expf and logf).
+# Minimax coefficients of the Cephes library (S. Moshier, netlib.org/cephes, expf, logf, tanhf).
 _EXP = (
     1.9875691500e-4,
     1.3981999507e-3,
@@ -45,6 +45,13 @@ _LOG = (
     2.0000714765e-1,
     -2.4999993993e-1,
     3.3333331174e-1,
+)
+_TANH = (
+    -5.70498872745e-3,
+    2.06390887954e-2,
+    -5.37397155531e-2,
+    1.33314422036e-1,
+    -3.33332819422e-1,
 )
 _SQRT_HALF = 0.70710678118654752440
 
@@ -107,6 +114,15 @@ def log(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     y = y + exponent * jnp.float32(_LN2_LOW) - jnp.float32(0.5) * z
     y = m + y + exponent * jnp.float32(_LN2_HIGH)
     return jnp.where(x == 0, -jnp.inf, y)
+
+
+def tanh(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """tanh(x) in float32, within 2 ulp: a polynomial below 0.625, of e**2x beyond."""
+    size = jnp.abs(x)
+    square = x * x
+    near = _polynomial(square, _TANH) * square * x + x
+    far = jnp.float32(1.0) - jnp.float32(2.0) / (exp(size + size) + jnp.float32(1.0))
+    return jnp.where(size < jnp.float32(0.625), near, jnp.where(x < 0, -far, far))
 
 
 def silu(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:

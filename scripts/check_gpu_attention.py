@@ -1,9 +1,9 @@
 """Bit-for-bit checks and timings of the Mosaic GPU attention on a real device.
 
     python scripts/check_gpu_attention.py --json h100-attention.json
-    python scripts/check_gpu_attention.py --only oracle schedules
+    python scripts/check_gpu_attention.py --only options --json h100-attention-options.json
 
-Checks, on fixed normal inputs, NaN in every slot of the cache beyond a row's last key and in
+Checks, on fixed normal inputs, NaN in every slot of the cache that no query of its row sees and in
 every padding query:
 
 - oracle: distance to a float64 attention in numpy; padding gives zeros; two runs agree.
@@ -14,6 +14,9 @@ every padding query:
 - chunks: a prompt of 1000 tokens in chunks of several sizes.
 - paged: pages of 16, 64 and 256 slots, shuffled, some shared by all rows, NaN in the slots and
   pages that nobody uses and anything in their entries of the table: bits of the contiguous cache.
+- options: sliding windows, a soft cap, head_dim 256: decode against row t of the prefill and
+  against float64, all schedules, pages (anything in entries of the table before the window too),
+  a window longer than the context against none.
 - control: `jax.nn.dot_product_attention` (xla, cudnn) over batch sizes must show more than
   one bit pattern in row 0.
 
@@ -39,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 SPLIT = 256
 QWEN = (32, 8, 128)  # heads, heads of keys, head_dim
 SMOL = (9, 3, 64)
+GEMMA_1B, GEMMA_4B = (4, 1, 256), (8, 4, 256)
 DECODE = ((1, 4096), (1, 32768), (8, 1024), (8, 8192), (32, 2048), (64, 1024), (64, 4096))
 DECODE = (*DECODE, (128, 1024), (128, 4096))
 PAGE = 64  # slots, in the timings
@@ -80,7 +84,7 @@ def _case(seed, batch, length, cache, sizes, positions, dtype="bfloat16"):
     return q, k, v, jnp.asarray(positions)
 
 
-def _ours(q, k, v, positions, schedule=None, page_table=None):
+def _ours(q, k, v, positions, schedule=None, page_table=None, **options):
     from jdet.pallas_kernels.attention import mosaic_gpu
 
     return mosaic_gpu.attention(
@@ -92,6 +96,7 @@ def _ours(q, k, v, positions, schedule=None, page_table=None):
         kv_split=SPLIT,
         schedule=schedule,
         page_table=page_table,
+        **options,
     )
 
 
@@ -158,7 +163,7 @@ def run_schedules(job):
     first_schedule = mosaic_gpu.Schedule("walked")
     first = _ours(*args, first_schedule)
     wrong = []
-    others = [s for s in mosaic_gpu.schedules(length) if s != first_schedule]
+    others = [s for s in mosaic_gpu.schedules(length, sizes[2]) if s != first_schedule]
     for s in others:
         differ = _rows_that_differ(_ours(*args, s), first)
         if differ:
@@ -290,6 +295,98 @@ def run_paged(job):
         if differ:
             wrong.append(f"{differ} rows differ with pages of {size}")
     return {"calls": 4, "sha256": _sha(whole), "wrong": wrong}
+
+
+def _steps(q, k, v, at, window):
+    """The queries at positions `at` of one row, as rows of their own; NaN outside their windows."""
+    import jax.numpy as jnp
+
+    key = jnp.arange(k.shape[2])
+    seen = (key <= at[:, None]) & (key > at[:, None] - (window or k.shape[2]))
+    k, v = (jnp.where(seen[:, None, :, None], x, jnp.nan).astype(x.dtype) for x in (k, v))
+    return q[0][at][:, None], k, v, jnp.asarray(at[:, None], jnp.int32)
+
+
+def _wanted(q, k, v, positions, sliding_window=None, soft_cap=None):
+    """In float64, for one query a row."""
+    import numpy as np
+
+    q, k, v = (np.nan_to_num(np.asarray(x).astype(np.float64)) for x in (q, k, v))
+    group, positions = q.shape[2] // k.shape[1], np.asarray(positions)
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    score = np.einsum("bthd,bhsd->bhts", q, k) * q.shape[-1] ** -0.5
+    if soft_cap is not None:
+        score = soft_cap * np.tanh(score / soft_cap)
+    key = np.arange(k.shape[2])
+    seen = (key <= positions) & (key > positions - (sliding_window or k.shape[2]))
+    score = np.where(seen[:, None, None], score, -np.inf)
+    p = np.exp(score - score.max(-1, keepdims=True))
+    return np.einsum("bhts,bhsd->bthd", p / p.sum(-1, keepdims=True), v)
+
+
+def run_options(job):
+    """One form of one set of options, against the prefill of a prompt."""
+    import jax.numpy as jnp
+    import numpy as np
+    import timing  # pyright: ignore[reportMissingImports]
+
+    from jdet.pallas_kernels.attention import mosaic_gpu
+
+    sizes, options, form, length = job["sizes"], job["options"], job["form"], job["length"]
+    window, cache = options.get("sliding_window"), -(-(length + 1) // SPLIT) * SPLIT
+    q, k, v, positions = args = _case(19, 1, length, cache, sizes, np.arange(length))
+    # Where a query, or the window of one, is the first or the last of a split.
+    edges = {i + e for i in range(0, length + 1, SPLIT) for e in (-2, -1, 0, 1, 43, 44)}
+    edges |= {t + (window or 0) for t in edges}
+    at = np.random.default_rng(0).permutation([t for t in sorted(edges) if 0 <= t < length])
+    at = at[: 40 if length < 1000 else 8]
+    steps = _steps(q, k, v, at, window)
+    out, wrong, calls = {}, [], 0
+
+    def compare(name, y, expected):
+        nonlocal calls
+        calls += 1
+        differ = _rows_that_differ(y, expected)
+        if differ:
+            wrong.append(f"{differ} rows differ: {name}")
+
+    if form == "prefill schedules":
+        first, *others = mosaic_gpu.schedules(length, sizes[2])[2:]
+        whole = _ours(*args, first, **options)
+        for s in others:
+            compare(s, _ours(*args, s, **options), whole)
+    elif form == "decode schedules":
+        first, *others = mosaic_gpu.schedules(1, sizes[2])[1:]
+        whole = _ours(*steps, first, **options)
+        for s in others:
+            compare(s, _ours(*steps, s, **options), whole)
+    elif form == "pages":
+        whole = _ours(*steps, **options)
+        for size in (16, 64):
+            k_pages, v_pages, table = _pages(*steps[1:3], at, size, 0)
+            if window is not None:
+                before = (np.arange(table.shape[1]) + 1) * size <= at[:, None] - window + 1
+                table = jnp.where(before, -7, table)
+            y = _ours(steps[0], k_pages, v_pages, steps[3], None, table, **options)
+            compare(f"decode, pages of {size}", y, whole)
+        k_pages, v_pages, table = _pages(k, v, [length - 1], 16, 0)
+        whole = _ours(*args, **options)
+        y = _ours(q, k_pages, v_pages, positions, None, table, **options)
+        compare("prefill, pages", y, whole)
+    else:
+        whole = _ours(*args, **options)
+        y = _ours(*steps, **options)
+        compare("decode", y, whole[0, at][:, None])
+        compare("again", _ours(*steps, **options), y)
+        want, got = _wanted(*steps, **options), np.asarray(y).astype(np.float64)
+        out["error"] = error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        if not error < 5e-3:
+            wrong.append(f"relative error {error:.2e}")
+        if window is not None and window >= length:
+            rest = {k: x for k, x in options.items() if k != "sliding_window"}
+            compare("no window", _ours(*args, **rest), whole)
+    out |= {"calls": calls, "sha256": _sha(whole), "environment": timing.environment()}
+    return {**out, "wrong": wrong}
 
 
 def run_control(job):
@@ -442,6 +539,17 @@ def jobs():
     out += [
         {"check": "chunks", "sizes": QWEN, "chunk_sizes": c} for c in ((256,), (100, 333), (17,))
     ]
+    long = {"sliding_window": 4096}
+    both = {"sliding_window": 300, "soft_cap": 50.0}
+    cases = [(QWEN, 700, {"sliding_window": w}) for w in (1, 100, 256, 300)]
+    cases += [(QWEN, 700, long), (QWEN, 4700, long), (QWEN, 700, {"soft_cap": 50.0})]
+    cases += [(SMOL, 700, both), (GEMMA_1B, 700, {"sliding_window": 512})]
+    cases = [(*case, "steps") for case in cases]
+    for form in ("steps", "prefill schedules", "decode schedules", "pages"):
+        cases += [(QWEN, 700, both, form), (GEMMA_4B, 700, {}, form), (GEMMA_4B, 700, both, form)]
+    for sizes, length, options, form in cases:
+        job = {"sizes": sizes, "length": length, "options": options, "form": form}
+        out.append({"check": "options", **job})
     return out
 
 
@@ -478,14 +586,14 @@ def main():
             print("FAIL" if r["wrong"] else "ok  ", shown, flush=True)
     pool.terminate()
 
+    named = ("sizes", "length", "batch", "options", "form")
     failures = [
-        [r["check"], str({k: r[k] for k in r if k in ("sizes", "length", "batch")}), w]
-        for r in rows
-        for w in r["wrong"]
+        [r["check"], str({k: r[k] for k in r if k in named}), w] for r in rows for w in r["wrong"]
     ]
     if missing:
         failures.append(["all", "", f"{missing} jobs not finished"])
     ceilings = next((r for r in rows if r["check"] == "ceilings" and "copy" in r), None)
+    env = next((r["environment"] for r in rows if "environment" in r), {})
     table = [r["row"] for r in rows if "row" in r]
     for row in sorted(table, key=lambda r: (r["queries"] > 1, r["batch"], r["context"])):
         if ceilings:
@@ -498,7 +606,6 @@ def main():
         print("copy {:.3f} TB/s, matrix {:.0f} TFLOP/s".format(*rates))
     print(f"{len(failures)} failures, {sum(r['calls'] for r in rows)} calls")
     if args.json:
-        env = ceilings["environment"] if ceilings else {}
         out = {
             **env,
             "failures": failures,

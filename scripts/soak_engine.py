@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=300, help="tokens of a prompt")
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--every", type=float, default=0.25, help="bursts a step")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then none is sent")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.model:
@@ -63,6 +64,7 @@ def main() -> int:
             longest=args.longest,
             max_tokens=args.max_tokens,
             every=args.every,
+            seconds=args.seconds,
             done=bar.update,
         )
     report = {

@@ -1,6 +1,5 @@
 """The host's side of the device: plans to arrays, without waiting for a result."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,22 +72,31 @@ class Device:
             prompt = self._programs.report(*self._decoder, hidden, np.maximum(targets, 0))
         chosen = None
         if plan.emits:
-            asks, top = _asks_of(plan)
-            chosen = self._choose(ends, self._emits(plan), asks, top)
+            asks = _asks_of([(c.request.params, c.count) for _, c in plan.emits])
+            chosen = self._choose(ends, self._emits(plan), asks)
         return Results(chosen, prompt)
 
-    def warm_up(self) -> None:
-        """Compile every program, by steps of padding alone."""
+    def warm_up(self, sampling: Sequence[SamplingParams] | None) -> None:
+        """Compile the programs that requests with these parameters may meet; None: all.
+
+        It runs steps of padding alone.
+        """
+        most = _EVERYTHING if sampling is None else _asks_of([(p, 0) for p in sampling])
+        variants = [
+            asks for asks in _VARIANTS if not any(a > m for a, m in zip(asks, most, strict=True))
+        ]
+        reports = sampling is None or any(p.prompt_logprobs is not None for p in sampling)
         for rows in self.config.decode_sizes:
             ends, _ = self._read(None, self._rows((), rows))
             padding = Emits(*(_column([], rows, p) for p in (0, self.config.max_batch_size, 0)))
-            for asks, extras in itertools.product(_ASKS, (False, True)):
-                self._choose(ends, padding, Asks(*asks, extras), extras)
+            for asks in variants:
+                self._choose(ends, padding, asks)
         for shape in self.config.chunk_shapes:
             chunks = self._chunks(Plan((), shape, (), 0))
             for decodes in (None, self._rows((), self.config.max_batch_size)):
                 _, hidden = self._read(chunks, decodes)
-            self._programs.report(*self._decoder, hidden, np.zeros(shape, np.int32))
+            if reports:
+                self._programs.report(*self._decoder, hidden, np.zeros(shape, np.int32))
         jax.block_until_ready(self._last_token)
 
     def _read(
@@ -104,10 +112,10 @@ class Device:
         )
         return ends, hidden
 
-    def _choose(self, ends: jax.Array, emits: Emits, asks: Asks, top: bool) -> Chosen:
+    def _choose(self, ends: jax.Array, emits: Emits, asks: Asks) -> Chosen:
         sampling = SamplingArrays(**self._on_device)
         self._last_token, chosen = self._programs.choose(
-            *self._decoder, self._last_token, ends, sampling, emits, asks=asks, top=top
+            *self._decoder, self._last_token, ends, sampling, emits, asks=asks, top=asks.adjustment
         )
         return chosen
 
@@ -181,20 +189,24 @@ class Device:
         )
 
 
-# (noise, truncation): greedy rows alone, noise beside them, and truncation beside that.
-_ASKS = ((False, False), (True, False), (True, True))
+# Greedy rows alone, noise beside them, and truncation beside that. What is rare (adjusted
+# logits and top log-probs) counts as one, for fewer programs.
+_VARIANTS = [
+    Asks(noise, truncation, adjustment)
+    for noise, truncation in ((False, False), (True, False), (True, True))
+    for adjustment in (False, True)
+]
+_EVERYTHING = Asks(True, True, True)
 
 
-def _asks_of(plan: Plan) -> tuple[Asks, bool]:
-    """What the rows ask for, and whether some ask for top log-probs.
-
-    What is rare counts as one, for fewer programs.
-    """
-    asked = [(c.request.params, c.count) for _, c in plan.emits]
-    hot = [p for p, _ in asked if p.temperature > 0]
-    extras = any(n < p.min_tokens or p.logit_bias or p.logprobs for p, n in asked)
-    truncation = any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in hot)
-    return Asks(noise=bool(hot), truncation=truncation, adjustment=extras), extras
+def _asks_of(rows: Sequence[tuple[SamplingParams, int]]) -> Asks:
+    """What rows ask for, by their parameters and the place of the token they choose."""
+    hot = [p for p, _ in rows if p.temperature > 0]
+    return Asks(
+        noise=bool(hot),
+        truncation=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in hot),
+        adjustment=any(n < p.min_tokens or p.logit_bias or p.logprobs for p, n in rows),
+    )
 
 
 def _column(values: list[int], rows: int, padding: int = 0) -> NDArray[np.int32]:

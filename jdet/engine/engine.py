@@ -78,9 +78,12 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._sent or self._scheduler.waiting or self._scheduler.running)
 
-    def warm_up(self) -> None:
-        """Compile every program now. Without it each is compiled when it is first needed."""
-        self._device.warm_up()
+    def warm_up(self, sampling: Sequence[SamplingParams] | None = None) -> None:
+        """Compile now what requests with these parameters need, in any mix; None: everything.
+
+        Without it each program is compiled when it is first needed.
+        """
+        self._device.warm_up(sampling)
 
     def submit(
         self,

@@ -23,6 +23,7 @@ from jdet.ops.checks import (
     check_qkv_heads,
     check_rms_norm,
     check_rope,
+    check_scores,
 )
 from jdet.pallas_kernels import OPS, implementation_of
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
@@ -32,7 +33,7 @@ _STATIC = {
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
-    "attention": ("scale", "kv_split"),
+    "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
 }
 
 
@@ -190,8 +191,14 @@ class Ops:
         positions: Int32[Array, "B T"],
         *,
         page_table: Int32[Array, "B N"] | None = None,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Float[Array, "B T H D"]:
-        """Causal attention of queries at `positions` over their row's cache, scale D**-0.5.
+        """Causal attention of queries at `positions` over their row's cache.
+
+        Scores are multiplied by `scale` (D**-0.5). With a `sliding_window` a query sees so many
+        keys at most, its own among them. With a `soft_cap` c its scores are c * tanh(score / c).
 
         Splits of the contract's `kv_split` at absolute positions, merged in ascending order
         (`pallas_kernels.attention.reference` writes the tree down). The caches hold a row for
@@ -199,14 +206,17 @@ class Ops:
         the same bits.
         """
         check_attention(q, k_cache, v_cache, positions, self.contract.kv_split, page_table)
+        check_scores(scale, sliding_window, soft_cap)
         return _op("attention", self.implementation)(
             q,
             k_cache,
             v_cache,
             positions,
-            scale=q.shape[-1] ** -0.5,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
             kv_split=self.contract.kv_split,
             page_table=page_table,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
         )
 
     def silu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:

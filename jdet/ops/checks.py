@@ -1,5 +1,8 @@
 """Shape checks of the ops: an error that names both sides, before anything is traced."""
 
+import math
+from typing import Any
+
 from jaxtyping import Array
 
 from jdet.pallas_kernels.attention.pages import check_pages
@@ -102,4 +105,17 @@ def check_attention(
     elif k.shape[2] % kv_split:
         raise ValueError(
             f"attention: a cache of {k.shape[2]} slots is no multiple of kv_split={kv_split}"
+        )
+
+
+def check_scores(scale: Any, sliding_window: Any, soft_cap: Any) -> None:
+    """Raise ValueError unless the options of attention are numbers in their ranges, or None."""
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value > 0):
+            raise ValueError(f"attention: {name}={value!r}; must be a positive number, or None")
+    whole = isinstance(sliding_window, int) and not isinstance(sliding_window, bool)
+    if sliding_window is not None and not (whole and sliding_window >= 1):
+        raise ValueError(
+            f"attention: sliding_window={sliding_window!r}; must be an int of 1 or more, or None"
         )

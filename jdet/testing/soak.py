@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Sequence
 
 from jdet.completion import Completion, LanguageModel
@@ -72,6 +73,7 @@ def soak(
     longest: int = 120,
     max_tokens: int = 24,
     every: float = 0.25,
+    seconds: float = float("inf"),
     done: Callable[[int], object] = lambda count: None,
 ) -> Soak:
     """Send `requests` random requests at random times, cancel some, compare all.
@@ -79,6 +81,7 @@ def soak(
     Args:
       longest, max_tokens: of prompts and completions.
       every: requests that arrive a step, on average; they come in bursts too.
+      seconds: after them no more are sent.
       done: called with the number of requests compared since it was last called.
     """
     rng = random.Random(seed)
@@ -90,7 +93,8 @@ def soak(
     sent = cancelled = 0
     running: list[tuple[int, Handle]] = []
     mismatches: list[int] = []
-    while sent < requests or running:
+    end = time.monotonic() + seconds
+    while (sent < requests and time.monotonic() < end) or running:
         arriving = rng.choice([0, 0, 0, 1, 1, 6]) if rng.random() < every else 0
         for _ in range(min(arriving, requests - sent)):
             prompt, params = random_request(

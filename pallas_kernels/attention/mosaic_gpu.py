@@ -1,8 +1,8 @@
 """Attention for Hopper in Pallas Mosaic GPU: one tree, two ways to walk it.
 
-See `reference.attention` for the op. bfloat16 or float16, head_dim 64 or 128, kv_split 64, 128 or
-256, S a multiple of it, or pages (see `pages`). Positions of a row are consecutive, padding (-1) at
-its end only.
+See `reference.attention` for the op. bfloat16 or float16, head_dim 64, 128 or 256, kv_split 64, 128
+or 256, S a multiple of it, or pages (see `pages`). Positions of a row are consecutive, padding (-1)
+at its end only.
 
 Tree (what the bits depend on):
 
@@ -11,10 +11,15 @@ Tree (what the bits depend on):
 - Scores of a tile: one float32 accumulator, over head_dim ascending, 16 elements at a time.
 - m = (maximum of the split's scores, unseen ones -inf) * c, c = float32(scale * log2 e), rounded.
   p = ex2.approx.ftz(fma(score, c, -m)).
+- With a soft cap, in float32: e = ex2(score * f), f = float32(2 scale / soft_cap * log2 e), of
+  infinity where it overflows; z = fma(rcp.approx.ftz(e + 1), -2 g, g), g = float32(soft_cap *
+  log2 e), which is soft_cap * tanh(...) * log2 e to about 2e-7 g; m = the maximum of z (unseen
+  keys -inf), p = ex2(z - m).
 - l: the sum of p over a tile in the order of Mosaic's reduction of a [64, tile] wgmma layout
   (a thread's own elements, then its neighbours 1 and 2 lanes away); tiles are added ascending.
 - o = p, rounded to v's dtype, times v: one float32 accumulator over the keys of the split,
-  ascending, 16 at a time. Rows of v after the last key are zeros, whatever the cache holds.
+  ascending, 16 at a time. Rows of v after the last key, or before the first window, are zeros,
+  whatever the cache holds.
 - Splits are merged in ascending order, starting from (-inf, 0, 0): M = max(m, m'),
   a = ex2(m - M), b = ex2(m' - M), l = fma(l, a, l' * b), o = fma(o, a, o' * b). Merging a split
   without a key changes nothing, and merging into the start gives the split itself.
@@ -34,18 +39,25 @@ Schedules (what the bits do not depend on; mosaic_gpu_schedules):
   A block of the fold takes all columns, or 32 where there are few blocks and many splits to fetch.
 
 Decode uses the same 64-row tile with few real rows: it waits for memory, not for the tensor core.
+With a sliding window a block begins with the first split that its queries need; those before it are
+neither loaded nor counted in the shares. At head_dim 256 two consumers share a tile of queries:
+each computes all scores, and 128 columns of o, as many as its registers hold.
 A producer warpgroup keeps a ring of tiles of keys and values full, in the order of use
 (`cp.async.bulk.tensor`, one mbarrier a slot), across the ends of splits, heads and rows. Of a paged
 cache it reads the page numbers itself, and starts one copy for each page that a tile meets.
 
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 5 slots, 2 x 16 KiB of queries and 16 KiB of results on their way out (spread),
-under 227 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5 for 32 columns. Registers of a consumer
+under 227 KiB. At head_dim 256 a tile is two slots: 6 slots and 32 KiB (walked), 4, 2 x 32 and 32
+(spread). The fold: 4 * fetch splits of 3 KiB, or 1.5 for 32 columns. Registers of a consumer
 thread: 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim
 128 ptxas stores 17 to 19 words a thread to local memory (spread), 26 (spread, prefill) or 90
 (walked by 2); at 64 none, or 1 (walked by 2). Pages of 16 add 22 in walked by 2, in the producer.
+A window and a cap add 13 (spread) and 78 (walked by 2). At head_dim 256 it is about 180 (spread)
+and 310 (walked), and 200 more in the producer for pages of 16.
 
-On an H100: bits in scripts/bench/results/h100-check-attention.json. Times are of the one
+On an H100: bits in scripts/bench/results/h100-check-attention.json, without window, cap and
+head_dim 256. Times are of the one
 before (h100-attention-2.json): this one finds its shares itself and folds in more blocks.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
@@ -69,6 +81,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     Schedule,
     default_schedule,
     ends_of,
+    origins_of,
     schedules,
     shape_of,
 )
@@ -80,14 +93,30 @@ _OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("scale", "kv_split", "s", "interpret"))
-def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s, interpret):
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "kv_split", "sliding_window", "soft_cap", "s", "interpret"),
+)
+def _attention(
+    q,
+    k_cache,
+    v_cache,
+    positions,
+    page_table,
+    *,
+    scale,
+    kv_split,
+    sliding_window,
+    soft_cap,
+    s,
+    interpret,
+):
     batch, length, heads, dim = q.shape
     kv_heads, cache = k_cache.shape[1:3]
     if page_table is not None:
         cache *= page_table.shape[1]
     group, decode, spread = heads // kv_heads, length == 1, s.kind == "spread"
-    d = shape_of(length, group, kv_heads, dim, kv_split, scale)
+    d = shape_of(length, group, kv_heads, dim, kv_split, scale, sliding_window, soft_cap)
     queries, padded = d.queries, d.rows // d.queries
     tiles = pl.cdiv(length, queries)
     q = q.reshape(batch, length, kv_heads, group, dim)
@@ -95,20 +124,25 @@ def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, padded - group), (0, 0)))
     p = jnp.pad(positions, ((0, 0), (0, tiles * queries - length)), constant_values=-1)
     p = p.reshape(batch * tiles, queries)
-    last = p.max(axis=1)
-    inputs = dict(q=q, k=k_cache, v=v_cache, last=last)
+    inputs = dict(q=q, k=k_cache, v=v_cache)
+    if sliding_window is not None:
+        # The kernels count splits and positions from there, but where they copy.
+        origin = inputs["origin"] = origins_of(p[:, 0], tiles, s.wgs, d)
+        p = jnp.where(p < 0, -1, p - origin[:, None] * kv_split)
+    last = inputs["last"] = p.max(axis=1)
     if not decode:
         inputs["rows"] = jnp.repeat(p, d.rows // queries, axis=1)
     if page_table is not None:
         inputs["table"] = page_table
     if spread:
         inputs["ends"] = ends_of(last, d)
-        out_type = d.parts(batch * tiles, pl.cdiv(cache, kv_split), s.fetch)
+        out_type = d.parts(batch * tiles, d.most_splits(cache), s.fetch)
         grid = s.blocks
     else:
-        inputs["first"] = p[:, 0]
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
         grid = batch * pl.cdiv(tiles, s.wgs) * kv_heads
+    if not spread or (sliding_window is not None and not decode):
+        inputs["first"] = p[:, 0]
     # Rows are reduced by shuffles within a warp: without memory.
     compiler_params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
     params: dict[str, Any] = dict(compiler_params=compiler_params, interpret=interpret or None)
@@ -124,7 +158,7 @@ def _attention(q, k_cache, v_cache, positions, page_table, *, scale, kv_split, s
         out_type=out_type,
         grid=(grid,),
         grid_names=("block",),
-        num_threads=s.wgs + 1,
+        num_threads=s.consumers(d) + 1,
         thread_name="wg",
         kernel_name="jdet_attention",
         **params,
@@ -149,6 +183,8 @@ def attention(
     scale: float,
     kv_split: int,
     page_table: jax.Array | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -161,6 +197,8 @@ def attention(
       positions: [B, T], consecutive in a row; -1 at a row's end is padding, and gives zeros.
       scale: factor of the scores, positive.
       kv_split: keys of a split: 64, 128 or 256.
+      sliding_window: keys that a query sees at most, its own and those before it.
+      soft_cap: c of c * tanh(score / c), positive.
       page_table: [B, N]; the caches are then [pages, Hkv, page_size, D], see `pages`. The
         copies follow the table: nothing is gathered.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
@@ -187,19 +225,21 @@ def attention(
         )
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"one dtype, not {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    if q.dtype not in _OPERANDS or dim not in (64, 128) or heads // kv_heads > ROWS:
+    if q.dtype not in _OPERANDS or dim not in (64, 128, 256) or heads // kv_heads > ROWS:
         raise NotImplementedError(
-            f"mosaic_gpu attention takes bfloat16 or float16, head_dim 64 or 128 and at most {ROWS}"
-            f" heads to a key head, got {q.dtype}, {dim}, {heads // kv_heads}"
+            "mosaic_gpu attention takes bfloat16 or float16, head_dim 64, 128 or 256 and at most"
+            f" {ROWS} heads to a key head, got {q.dtype}, {dim}, {heads // kv_heads}"
         )
     if kv_split not in (64, 128, 256) or scale <= 0:
         raise NotImplementedError(
             f"mosaic_gpu attention takes kv_split 64, 128 or 256 and a positive scale, got"
             f" {kv_split}, {scale}"
         )
-    s = schedule or default_schedule(batch, length, heads, kv_heads)
+    s = schedule or default_schedule(batch, length, heads, kv_heads, dim)
     if length == 1:
         s = dataclasses.replace(s, wgs=1)
+    if dim > 128 and s.wgs > 1:
+        raise NotImplementedError(f"mosaic_gpu attention at head_dim {dim} needs wgs=1, got {s}")
     return _attention(
         q,
         k_cache,
@@ -208,6 +248,8 @@ def attention(
         page_table,
         scale=scale,
         kv_split=kv_split,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
         s=s,
         interpret=interpret,
     )

@@ -1,9 +1,12 @@
 """The main kernel of the Mosaic GPU attention; its tree and its schedules stand in `mosaic_gpu`.
 
-A block is one producer warpgroup, which only starts copies, and one or two consumers. Both walk
-the same items (mosaic_gpu_schedules), so they agree on slots without a word:
+A block is one producer warpgroup, which only starts copies, and one or two consumers: a tile of
+queries each; or, at head_dim 256, one tile, of whose scores each computes all, and of whose o a
+band of 128 columns. All walk the same items (mosaic_gpu_schedules), so they agree on slots
+without a word:
 
-- `full[slot]`, `empty[slot]`: a tile of keys or values has come, has been used by all consumers.
+- `full[slot]`, `empty[slot]`: a tile of keys or values, or a band of one, has come, has been used
+  by all consumers.
 - `q_full`, `q_empty`: the same for the queries of an item, two slots if spread.
 
 A consumer arrives with all its threads, each after its own wgmma has ended. What threads
@@ -57,25 +60,29 @@ def attention_kernel(
 
     q, k, v; last: of each tile of queries, its last position; if walked, first: its first one; if
     prefill, rows: the position of each of its rows; if spread, ends: see `ends_of`; if k and v
-    are pages, table.
+    are pages, table. With a sliding window origin: see `origins_of`, from where all positions are
+    then counted; and first in prefill, spread or not.
     """
     g, o_g = dict(zip(names, refs, strict=False)), refs[-1]
     q_g = g["q"]
     spread, decode = s.kind == "spread", "rows" not in g
-    chunks = d.dim // _CHUNK
+    chunks, band_chunks = d.dim // _CHUNK, d.band // _CHUNK
+    consumers = s.consumers(d)
     group = d.rows // d.queries
-    split_slots = 2 * d.tiles
+    split_slots = 2 * d.tiles * d.bands
     length = q_g.shape[1]
     tiles = pl.cdiv(length, d.queries)
     q_slots = 2 if spread else s.wgs
     page_size = g["k"].shape[2] if "table" in g else d.tile
     window = min(page_size, d.tile)  # keys of one copy
+    windowed = d.sliding_window is not None
     fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
     fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
 
     def scope(q_s, kv_s, keys_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
         q_in, q_mma = (q_s, q_s) if interpret else q_s
         wg = lax.axis_index("wg")
+        band = wg if d.bands > 1 else 0
 
         if spread:
             each_item = functools.partial(walk_share, last=g["last"], ends=g["ends"], d=d)
@@ -100,20 +107,26 @@ def attention_kernel(
             ]
 
         def produce():
-            if s.wgs > 1:
+            if consumers > 1:
                 plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
-            def tile_copies(src, batch, head, key, last, slot):
-                """Pairs of windows for the tile of keys or values from `key` on."""
+            def tile_copies(src, batch, head, key, cols, low, last, slot):
+                """Pairs of windows for columns of the tile of keys or values from `key` on."""
                 if "table" not in g:
-                    return [(src.at[batch, head, pl.ds(key, d.tile)], kv_s.at[slot])]
+                    return [(src.at[batch, head, pl.ds(key, d.tile), cols], kv_s.at[slot])]
                 keys = [key + i for i in range(0, d.tile, window)]
-                # After the page of the last key, that page again: nobody looks at it, and the
-                # table may hold anything there. All loads come before the first copy.
-                pages = [g["table"][batch, lax.div(lax.min(at, last), page_size)] for at in keys]
+
+                def page_of(at):
+                    # Instead of a page after that of the last key, or before that of the first,
+                    # it again: nobody looks at it, and the table may hold anything there.
+                    at = lax.min(at, last)
+                    at = lax.max(at, low) if windowed else at
+                    return g["table"][batch, lax.div(at, page_size)]
+
+                pages = [page_of(at) for at in keys]  # all loads before the first copy
                 return [
                     (
-                        src.at[page, head, pl.ds(lax.rem(at, page_size), window)],
+                        src.at[page, head, pl.ds(lax.rem(at, page_size), window), cols],
                         kv_s.at[slot, pl.ds(i * window, window)],
                     )
                     for i, (at, page) in enumerate(zip(keys, pages, strict=True))
@@ -134,6 +147,10 @@ def attention_kernel(
                             plgpu.copy_gmem_to_smem(src, dst, q_full.at[slot if spread else 0])
                 batch = row if decode else lax.div(row, tiles)
                 begin = done * split_slots
+                origin, low = 0, None
+                if windowed:
+                    origin = g["origin"][row]
+                    low, last = (x + origin * d.kv_split for x in (first_key(row), last))
 
                 def split_loop(i, _):
                     for j in range(split_slots):
@@ -144,9 +161,13 @@ def attention_kernel(
                         def _(slot=slot):
                             plgpu.barrier_wait(empty.at[slot])
 
-                        src = g["k" if j < d.tiles else "v"]
-                        key = i * d.kv_split + j % d.tiles * d.tile
-                        for window_g, window_s in tile_copies(src, batch, head, key, last, slot):
+                        tile, b = divmod(j, d.bands)
+                        src = g["k" if tile < d.tiles else "v"]
+                        key = (origin + i) * d.kv_split + tile % d.tiles * d.tile
+                        cols = pl.ds(b * d.band, d.band)
+                        for window_g, window_s in tile_copies(
+                            src, batch, head, key, cols, low, last, slot
+                        ):
                             plgpu.copy_gmem_to_smem(window_g, window_s, full.at[slot])
 
                 lax.fori_loop(first, end, split_loop, None)
@@ -163,25 +184,45 @@ def attention_kernel(
             if spread:
                 drain(q_empty, 2, segments)
 
-        def split(at, q_slot, start, limit, last_key):
+        def split(at, q_slot, start, limit, low_key, last_key):
             """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen."""
 
-            def slot_of(j):
-                return lax.rem(at + j, slots)
+            def slot_of(tile, b):
+                return lax.rem(at + (tile * d.bands + b), slots)
+
+            def wait_for(tile):
+                """Of all bands, used or not: phases of a slot are counted by waiting."""
+                for b in range(d.bands):
+                    plgpu.barrier_wait(full.at[slot_of(tile, b)])
+
+            def release(tile):
+                for b in range(d.bands):
+                    plgpu.barrier_arrive(empty.at[slot_of(tile, b)])
+
+            # Of bands so few fit that the next are wanted before all of them are used.
+            early = d.bands > 1
 
             def score(*accs):
                 for j, acc in enumerate(accs):
-                    plgpu.barrier_wait(full.at[slot_of(j)])
-                    for c in range(chunks):
-                        k = kv_s.at[slot_of(j), :, pl.ds(c * _CHUNK, _CHUNK)]
-                        plgpu.wgmma(acc, q_mma.at[q_slot, c], k.transpose((1, 0)))
+                    for b in range(d.bands):
+                        plgpu.barrier_wait(full.at[slot_of(j, b)])
+                        for c in range(band_chunks):
+                            k = kv_s.at[slot_of(j, b), :, pl.ds(c * _CHUNK, _CHUNK)]
+                            q = q_mma.at[q_slot, b * band_chunks + c]
+                            plgpu.wgmma(acc, q, k.transpose((1, 0)))
+                    if early:
+                        plgpu.wgmma_wait(0)
+                        release(j)
                 plgpu.wgmma_wait(0)
                 return [acc[...] for acc in accs]
 
             acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
             scores = pl.run_scoped(score, *[acc] * d.tiles)
-            for j in range(d.tiles):
-                plgpu.barrier_arrive(empty.at[slot_of(j)])
+            if not early:
+                for j in range(d.tiles):
+                    release(j)
+            if d.cap is not None:
+                scores = [capped(x) for x in scores]
             if limit is not None:
                 for j in range(d.tiles):
                     # Loaded anew: an iota would be hoisted out of all loops, into registers
@@ -191,59 +232,81 @@ def attention_kernel(
                     last = limit - (start + j * d.tile)
                     if last.ndim:
                         last = _across(last, d.tile)
-                    scores[j] = jnp.where(key <= last, scores[j], -jnp.inf)
+                    seen = key <= last
+                    if windowed:
+                        seen &= key > last - d.sliding_window
+                    scores[j] = jnp.where(seen, scores[j], -jnp.inf)
             m = scores[0].max(axis=1)
             for x in scores[1:]:
                 m = jnp.maximum(m, x.max(axis=1))
-            m = exact("mul.rn.f32", _ROW_LAYOUT, interpret, m, d.factor)
+            if d.cap is None:
+                m = exact("mul.rn.f32", _ROW_LAYOUT, interpret, m, d.factor)
             base = jnp.where(m == -jnp.inf, 0.0, m)
             total: Any = None
             p = []
             for x in scores:
-                x = jnp.exp2(fma(x, d.factor, _across(-base, d.tile)))
+                minus = _across(-base, d.tile)
+                x = jnp.exp2(fma(x, d.factor, minus) if d.cap is None else x + minus)
                 part = x.sum(axis=1)
                 total = part if total is None else total + part
                 p.append(x.astype(q_g.dtype))
 
             if limit is not None:
                 for j in range(d.tiles):
-                    slot = slot_of(d.tiles + j)
-                    plgpu.barrier_wait(full.at[slot])
-                    clear(slot, last_key - start - j * d.tile)
+                    slot = slot_of(d.tiles + j, band)
+                    wait_for(d.tiles + j)
+                    skipped = start + j * d.tile
+                    clear(slot, low_key - skipped if windowed else None, last_key - skipped)
 
             def weigh(acc):
                 for j in range(d.tiles):
-                    slot = slot_of(d.tiles + j)
+                    slot = slot_of(d.tiles + j, band)
                     if limit is None:
-                        plgpu.barrier_wait(full.at[slot])
+                        wait_for(d.tiles + j)
                     weights = p[j]
                     if interpret:  # the simulator's wgmma takes no registers
                         p_s.at[wg][...] = p[j]
                         weights = p_s.at[wg]
                     plgpu.wgmma(acc, weights, kv_s.at[slot])
+                    if early:
+                        plgpu.wgmma_wait(0)
+                        release(d.tiles + j)
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
-            out = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.dim), jnp.float32))
-            for j in range(d.tiles):
-                plgpu.barrier_arrive(empty.at[slot_of(d.tiles + j)])
+            out = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.band), jnp.float32))
+            if not early:
+                for j in range(d.tiles):
+                    release(d.tiles + j)
             return m, total, [out]
 
-        def clear(slot, last):
-            """Zeros the rows of V after `last`: nobody has written them.
+        def capped(x):
+            """c tanh(score / c) in units of log2 e: c - 2 c / (e^(2 score / c) + 1)."""
+            power = jnp.exp2(x * d.factor)
+            part = exact("rcp.approx.ftz.f32", plgpu.Layout.WGMMA, interpret, power + 1.0)
+            return fma(part, -2.0 * d.cap, d.cap)
 
-            Two consumers may do so at once: they write the same bytes.
+        def clear(slot, low, last):
+            """Zeros the rows of V before `low` and after `last`: they may hold anything.
+
+            Two consumers may do so at once: they write the same bytes, or other columns.
             """
             for r in range(0, d.tile, ROWS):
+                unseen = last < r + ROWS - 1
+                if low is not None:
+                    unseen |= low > r
 
-                @pl.when(last < r + ROWS - 1)
+                @pl.when(unseen)
                 def _(r=r):
                     part = kv_s.at[slot, pl.ds(r, ROWS)]
                     row = r + plgpu.broadcasted_iota(
-                        jnp.int32, (ROWS, d.dim), 0, layout=plgpu.Layout.WGMMA
+                        jnp.int32, (ROWS, d.band), 0, layout=plgpu.Layout.WGMMA
                     )
                     v = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=True)
-                    part[...] = jnp.where(row <= last, v, jnp.zeros_like(v))
+                    seen = row <= last
+                    if low is not None:
+                        seen &= row >= low
+                    part[...] = jnp.where(seen, v, jnp.zeros_like(v))
                     plgpu.commit_smem()
 
         def nothing():
@@ -251,22 +314,29 @@ def attention_kernel(
             return (
                 fill((ROWS,), -jnp.inf, _ROW_LAYOUT),
                 fill((ROWS,), 0.0, _ROW_LAYOUT),
-                fill((ROWS, d.dim), 0.0, plgpu.Layout.WGMMA),
+                fill((ROWS, d.band), 0.0, plgpu.Layout.WGMMA),
             )
 
-        def merge_splits(begin, end, state, offset, q_slot, limit, last_key):
+        def merge_splits(begin, end, state, offset, q_slot, limit, low_key, last_key):
             """`state` and the splits begin..end; the block has walked `offset` splits before."""
 
             def step(i, state):
                 at = (offset + i - begin) * split_slots
-                part = split(at, q_slot, i * d.kv_split, limit, last_key)
+                part = split(at, q_slot, i * d.kv_split, limit, low_key, last_key)
                 m, total, out = state
                 m, total, (out,) = merge(
-                    (m, total, [out]), part, fma, fma_row, lambda x: _across(x, d.dim)
+                    (m, total, [out]), part, fma, fma_row, lambda x: _across(x, d.band)
                 )
                 return m, total, out
 
             return lax.fori_loop(begin, end, step, state)
+
+        def first_key(row):
+            """The first key that a row of the block sees; below 0 if that is key 0."""
+            if not windowed:
+                return None
+            first = g["last"] if decode else g["first"]
+            return first[row] + 1 - d.sliding_window
 
         def row_limit(row):
             if decode:
@@ -281,19 +351,40 @@ def attention_kernel(
                 limit = row_limit(mine)
                 plgpu.barrier_wait(q_full.at[0])
                 whole = lax.min(lax.div(g["first"][mine] + 1, d.kv_split), end)
-                state = merge_splits(jnp.int32(0), whole, nothing(), 0, slot, None, high)
-                _, total, out = merge_splits(whole, end, state, whole, slot, limit, high)
+                if windowed:
+                    keys = limit, first_key(row), high
+                    # Those that all rows see in full lie between two runs of masked ones.
+                    unmasked = g["last"][mine] + d.kv_split - d.sliding_window
+                    unmasked = lax.clamp(0, lax.div(unmasked, d.kv_split), whole)
+
+                    def run(i, state):
+                        begin, stop = (
+                            jnp.where(i == 0, x, y) for x, y in ((0, whole), (unmasked, end))
+                        )
+                        state = merge_splits(begin, stop, state, begin, slot, *keys)
+                        free = jnp.where(i == 0, whole, end)
+                        return merge_splits(stop, free, state, stop, slot, None, None, high)
+
+                    _, total, out = lax.fori_loop(0, 2, run, nothing())
+                else:
+                    state = merge_splits(jnp.int32(0), whole, nothing(), 0, slot, None, None, high)
+                    _, total, out = merge_splits(whole, end, state, whole, slot, limit, None, high)
                 if not decode:
                     total = jnp.where(limit < 0, 0.0, total)
-                out = finish(_across(total, d.dim), out).astype(o_g.dtype)
-                for c in range(chunks):
-                    q_mma.at[slot, c][...] = out[:, c * _CHUNK : (c + 1) * _CHUNK]
+                out = finish(_across(total, d.band), out).astype(o_g.dtype)
+                if d.bands > 1:  # the results go where the others may still read queries
+                    plgpu.barrier_arrive(q_empty.at[0])
+                    plgpu.barrier_wait(q_empty.at[0])
+                for c in range(band_chunks):
+                    part = out[:, c * _CHUNK : (c + 1) * _CHUNK]
+                    q_mma.at[slot, band * band_chunks + c][...] = part
                 plgpu.commit_smem()
 
                 @pl.when(tile < tiles)
                 def _():
-                    for c in range(chunks):
-                        for dst, src in q_copies(o_g, q_in, mine, head, slot, c):
+                    for c in range(band_chunks):
+                        at = band * band_chunks + c
+                        for dst, src in q_copies(o_g, q_in, mine, head, slot, at):
                             plgpu.copy_smem_to_gmem(src, dst)
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -305,22 +396,33 @@ def attention_kernel(
 
             def write(row, head, index, state):
                 m, total, out = state
-                pieces = [out[:, c : c + LANES] for c in range(0, d.dim, LANES)]
-                pieces += [_across(m, LANES), _across(total, LANES)]
-                for c, piece in enumerate(pieces):
+
+                def put(c, piece, to):
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    y_reg.at[c % 2][...] = piece
+                    slot = 2 * band + c % 2
+                    y_reg.at[slot][...] = piece
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        y_out.at[c % 2, pl.ds(0, d.rows)],
-                        o_g.at[row, index, c, pl.ds(head * d.part_rows, d.rows)],
+                        y_out.at[slot, pl.ds(0, d.rows)],
+                        o_g.at[row, index, to, pl.ds(head * d.part_rows, d.rows)],
                     )
+
+                count = d.band // LANES
+                for c in range(count):
+                    put(c, out[:, c * LANES : (c + 1) * LANES], band * count + c)
+
+                def sums():
+                    for c, x in enumerate((m, total)):
+                        put(c, _across(x, LANES), d.dim // LANES + c)
+
+                pl.when(band == 0)(sums) if d.bands > 1 else sums()
 
             def item(count, done, row, head, first, end, high):
                 slot = lax.rem(count, 2)
                 limit = row_limit(row)
                 plgpu.barrier_wait(q_full.at[slot])
-                state = merge_splits(first, end, nothing(), done, slot, limit, high)
+                keys = limit, first_key(row), high
+                state = merge_splits(first, end, nothing(), done, slot, *keys)
                 plgpu.barrier_arrive(q_empty.at[slot])
                 write(row, head, end - 1, state)
 
@@ -328,13 +430,13 @@ def attention_kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
         def consume():
-            if s.wgs > 1:
+            if consumers > 1:
                 plgpu.set_max_registers(240, action="increase")
             keys_s[...] = plgpu.broadcasted_iota(jnp.int32, (d.tile,), 0, layout=_COLUMN_LAYOUT)
             plgpu.commit_smem()
             (consume_spread if spread else consume_walked)()
 
-        lax.cond(wg == s.wgs, produce, consume)
+        lax.cond(wg == consumers, produce, consume)
 
     shape = (ROWS, _CHUNK) if decode else (d.queries, group, _CHUNK)
     barrier = plgpu.Barrier
@@ -344,14 +446,15 @@ def attention_kernel(
             (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
         ),
         keys_s=plgpu.SMEM((d.tile,), jnp.int32),
-        kv_s=plgpu.SMEM((slots, d.tile, d.dim), q_g.dtype, transforms=_TILED),
+        kv_s=plgpu.SMEM((slots, d.tile, d.band), q_g.dtype, transforms=_TILED),
         full=barrier(num_arrivals=d.tile // window, num_barriers=slots),
-        empty=barrier(num_arrivals=s.wgs, num_barriers=slots),
+        empty=barrier(num_arrivals=consumers, num_barriers=slots),
         q_full=barrier(num_arrivals=q_arrivals, num_barriers=2 if spread else 1),
-        q_empty=barrier(num_barriers=2),
+        q_empty=barrier(num_arrivals=d.bands, num_barriers=2),
     )
     if spread:
-        scratch["y_s"] = _union((2, ROWS, LANES), (2, ROWS, LANES), jnp.float32, interpret)
+        shape = (2 * d.bands, ROWS, LANES)
+        scratch["y_s"] = _union(shape, shape, jnp.float32, interpret)
     if interpret:
-        scratch["p_s"] = plgpu.SMEM((s.wgs, ROWS, d.tile), q_g.dtype, transforms=_TILED)
+        scratch["p_s"] = plgpu.SMEM((consumers, ROWS, d.tile), q_g.dtype, transforms=_TILED)
     pl.run_scoped(scope, **scratch, collective_axes="wg")

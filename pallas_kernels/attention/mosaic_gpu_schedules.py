@@ -25,7 +25,7 @@ class Schedule:
     Attributes:
       kind: 'walked' (a block folds all splits of its rows) or 'spread' (a block takes a share of
         all splits; a second kernel folds what a block could not).
-      wgs: consumer warpgroups of a block, each with 64 rows; 1 or 2, 1 if spread.
+      wgs: tiles of 64 rows that a block walks side by side; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
       merge_columns: columns of o that it folds, of head_dim at most.
@@ -51,12 +51,16 @@ class Schedule:
         if self.blocks < 1 or self.fetch < 1:
             raise ValueError(f"blocks and fetch must be positive: {self}")
 
+    def consumers(self, d: "Shape") -> int:
+        """Warpgroups of a block that compute."""
+        return self.wgs * d.bands
+
     def slots(self, d: "Shape") -> int:
-        """Tiles of keys or values that fit beside the queries and the results."""
+        """Bands of tiles of keys or values that fit beside the queries and the results."""
         spread = self.kind == "spread"
         queries = (2 if spread else self.wgs) * ROWS * d.dim * 2
-        results = 2 * ROWS * 128 if spread else 0
-        return min((SMEM_BYTES - 2048 - queries - results) // (d.tile * d.dim * 2), 8)
+        results = d.bands * 2 * ROWS * 128 if spread else 0
+        return min((SMEM_BYTES - 2048 - queries - results) // (d.tile * d.band * 2), 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Shape:
     rows: int  # rows of a tile that carry a query
     queries: int  # queries of a tile
     kv_split: int
-    factor: float  # scale * log2(e)
+    factor: float  # scale * log2(e); with a cap c, 2 * scale / c * log2(e)
+    cap: float | None = None  # c * log2(e)
+    sliding_window: int | None = None
 
     @property
     def part_rows(self) -> int:
@@ -77,7 +83,26 @@ class Shape:
 
     @property
     def tile(self) -> int:
+        """Keys of a tile."""
         return min(self.kv_split, 128)
+
+    @property
+    def bands(self) -> int:
+        """Parts of head_dim, and consumers that share a tile of queries: one has a band of o."""
+        return max(1, self.dim // 128)
+
+    @property
+    def band(self) -> int:
+        """Columns of a band."""
+        return self.dim // self.bands
+
+    def most_splits(self, slots: int) -> int:
+        """Splits that a tile of queries can need, of a cache of `slots`."""
+        every = -(-slots // self.kv_split)
+        if self.sliding_window is None:
+            return every
+        keys = self.sliding_window + self.queries - 1
+        return min(every, -(-(keys - 1) // self.kv_split) + 1)
 
     def parts(self, tiles: int, splits: int, fetch: int) -> jax.ShapeDtypeStruct:
         """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each.
@@ -94,13 +119,34 @@ class Shape:
 
 
 def shape_of(
-    length: int, group: int, kv_heads: int, dim: int, kv_split: int, scale: float
+    length: int,
+    group: int,
+    kv_heads: int,
+    dim: int,
+    kv_split: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
 ) -> Shape:
     """A tile is the heads of one query (decode), or those, padded to 2^n, of 64 / 2^n queries."""
     padded = group if length == 1 else 1 << (group - 1).bit_length()
     queries = 1 if length == 1 else ROWS // padded
-    factor = scale * math.log2(math.e)
-    return Shape(kv_heads, dim, padded * queries, queries, kv_split, factor)
+    factor, cap = scale * math.log2(math.e), None
+    if soft_cap is not None:
+        factor, cap = 2 * factor / soft_cap, soft_cap * math.log2(math.e)
+    return Shape(kv_heads, dim, padded * queries, queries, kv_split, factor, cap, sliding_window)
+
+
+def origins_of(first: jax.Array, tiles: int, wgs: int, d: Shape) -> jax.Array:
+    """For each tile, the first split that its block needs.
+
+    `first` is the first position of each tile, -1 if it has none; a row of the batch has `tiles`
+    of them. A block's first tile has the earliest window.
+    """
+    assert d.sliding_window is not None
+    begin = jnp.maximum(first - (d.sliding_window - 1), 0) // d.kv_split
+    tile = jnp.arange(first.shape[0])
+    return begin[tile - tile % tiles % wgs]
 
 
 def splits_of(last: jax.Array, d: Shape) -> jax.Array:
@@ -194,17 +240,18 @@ _SOME = Schedule("spread", merge_columns=32, fetch=4)
 _MANY = Schedule("spread")
 
 
-def schedules(length: int) -> tuple[Schedule, ...]:
+def schedules(length: int, dim: int) -> tuple[Schedule, ...]:
     """Registered schedules for `length` queries a row: all of them give the same bits."""
     spread = (_FEW, _SOME, _MANY, Schedule("spread", blocks=37, merge_rows=16))
     walked = (Schedule("walked"), Schedule("walked", wgs=2))
-    return (*spread, *walked[: 2 if length > 1 else 1])
+    return (*spread, *walked[: 2 if length > 1 and dim <= 128 else 1])
 
 
-def default_schedule(batch: int, length: int, heads: int, kv_heads: int) -> Schedule:
+def default_schedule(batch: int, length: int, heads: int, kv_heads: int, dim: int) -> Schedule:
     """The schedule to use for a shape. Speed only."""
     tiles = batch * math.ceil(length * heads / kv_heads / ROWS)
-    if length > 1 and tiles * kv_heads >= 2 * SMS:
-        return Schedule("walked", wgs=2)
+    wgs = 2 if dim <= 128 else 1
+    if length > 1 and tiles * kv_heads >= wgs * SMS:
+        return Schedule("walked", wgs=wgs)
     folds = tiles * kv_heads
     return _FEW if folds <= SMS // 4 else _SOME if folds <= SMS else _MANY

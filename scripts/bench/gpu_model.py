@@ -28,8 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
-from timing import copy_rate, environment, matrix_rate  # pyright: ignore[reportMissingImports]
+from cudnn_attention import CudnnOps  # pyright: ignore[reportMissingImports]
+from timing import copy_rate, environment, events_of, matrix_rate  # pyright: ignore[reportMissingImports]
 
 import jdet
 from jdet.cache import create_cache
@@ -39,38 +39,6 @@ from jdet.sampling import SamplingParams, sampling_arrays
 
 STEPS = 16
 JNP_UP_TO = 1  # rows; above, jnp attention loses to cuDNN's (h100-qwen3-8b-first.json)
-
-
-class CudnnOps(jdet.Ops):
-    """Plain XLA with cuDNN's attention; a row's positions start at 0, or it is one query."""
-
-    def attention(
-        self,
-        q: Array,
-        k_cache: Array,
-        v_cache: Array,
-        positions: Array,
-        *,
-        page_table: Array | None = None,
-    ) -> Array:
-        from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-        assert page_table is None
-        length = q.shape[1]
-        mask = cudnn.MaskType.PADDING if length == 1 else cudnn.MaskType.PADDING_CAUSAL
-        last = positions.max(axis=1)
-        keys = k_cache.shape[2] if length == 1 else length
-        y: Any = cudnn.dot_product_attention(
-            q.transpose(0, 2, 1, 3),
-            k_cache[:, :, :keys],
-            v_cache[:, :, :keys],
-            q_seqlen=jnp.minimum(last + 1, length),
-            kv_seqlen=last + 1,
-            scale=q.shape[-1] ** -0.5,
-            mask_type=mask,
-            qkv_layout="BNTH",
-        )
-        return y.transpose(0, 2, 1, 3)
 
 
 def greedy(batch: int) -> Any:
@@ -150,20 +118,13 @@ def kernels_of(run: Callable[[], Any], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
-        path = next(Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(path))
-        total: collections.Counter[str] = collections.Counter()
-        count: collections.Counter[str] = collections.Counter()
-        for plane in data.planes:
-            if "GPU" not in plane.name:
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    name = event.name.split("(")[0][:60]
-                    total[name] += event.duration_ns
-                    count[name] += 1
+        events = events_of(folder)
+    total: collections.Counter[str] = collections.Counter()
+    count: collections.Counter[str] = collections.Counter()
+    for event in events:
+        name = event.name.split("(")[0][:60]
+        total[name] += event.duration_ns
+        count[name] += 1
     return {
         "busy_ms": round(sum(total.values()) / steps / 1e6, 4),
         "launches": round(sum(count.values()) / steps, 1),

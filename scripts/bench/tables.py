@@ -67,7 +67,7 @@ def matmul() -> str:
 
 
 def attention() -> str:
-    """Times of the Hopper attention beside cuDNN's."""
+    """Times of the Hopper attention beside cuDNN's, on an H200."""
     rows = [
         [
             f"{'decode' if r['queries'] == 1 else 'prefill'}, {r['batch']} x {r['context']}",
@@ -76,7 +76,10 @@ def attention() -> str:
             f"{r['floor_us']:.0f}",
             f"{r['ours_us'] / r['cudnn_us']:.2f}",
         ]
-        for r in _load("h100-attention-2.json")["rows"]
+        for r in sorted(
+            _load("h200-attention.json")["rows"],
+            key=lambda r: (r["queries"] > 1, r["batch"], r["context"]),
+        )
     ]
     return _table(["", "jdet us", "cuDNN us", "floor us", "ratio"], rows)
 
@@ -97,10 +100,10 @@ def rows() -> str:
     return _table(["", "jdet us", "XLA us", "floor us", "ratio"], lines)
 
 
-def model() -> str:
-    """Decode step and prefill of a Qwen3-8B shape on an H100."""
+def model(name: str) -> str:
+    """Decode step and prefill of a Qwen3-8B shape."""
     lines = []
-    for r in _load("h100-qwen3-8b-first.json")["rows"]:
+    for r in sorted(_load(name)["rows"], key=lambda r: (r["what"], r["batch"])):
         best = min(r[k] for k in ("xla_ms", "xla_cudnn_ms") if k in r)
         figures = (r["ours_ms"], best, r["floor_ms"])
         lines.append(
@@ -114,6 +117,34 @@ def model() -> str:
     return _table(["", "jdet ms", "XLA ms", "floor ms", "ratio", "of the floor"], lines)
 
 
+def _hashes(name: str) -> dict[str, str]:
+    """Hashes of results on fixed inputs, by what was computed."""
+    data = _load(name)
+    if "checks" not in data:
+        return data["sha256"]
+    found = [dict(row) for row in data["checks"] if "sha256" in row]
+    for row in found:
+        for measured in ("calls", "wrong", "seconds"):
+            row.pop(measured, None)
+    return {repr({k: v for k, v in r.items() if k != "sha256"}): r["sha256"] for r in found}
+
+
+def cards() -> str:
+    """Results of the Hopper ops on fixed inputs that an H100 and an H200 have hashed."""
+    lines = []
+    for ops, first, second in (
+        ("matmul", "h100-check-matmul-all", "h200-check-matmul-quick"),
+        ("gated_matmul", "h100-check-gated", "h200-check-matmul-quick"),
+        ("attention", "h100-check-attention", "h200-check-attention"),
+        ("rms_norm, log_normalizer", "h100-check-rows", "h200-check-rows"),
+        ("qkv_heads", "h100-check-heads", "h200-check-heads"),
+    ):
+        a, b = _hashes(f"{first}.json"), _hashes(f"{second}.json")
+        both = a.keys() & b.keys()
+        lines.append([ops, str(len(both)), str(sum(a[k] == b[k] for k in both))])
+    return _table(["", "hashed on both", "equal"], lines)
+
+
 def tables() -> dict[str, str]:
     """Every table by its name in the README."""
     return {
@@ -123,7 +154,9 @@ def tables() -> dict[str, str]:
         "matmul": matmul(),
         "attention": attention(),
         "rows": rows(),
-        "model": model(),
+        "cards": cards(),
+        "model-h200": model("h200-qwen3-8b.json"),
+        "model-h100": model("h100-qwen3-8b-first.json"),
     }
 
 

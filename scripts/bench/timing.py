@@ -71,6 +71,19 @@ def matrix_rate(size: int = 8192) -> float:
     return 2 * size**3 / us * 1e6
 
 
+def events_of(folder: str) -> list[Any]:
+    """What the GPU's streams ran, kernels and copies, from a profiler trace."""
+    path = next(Path(folder).rglob("*.xplane.pb"))
+    return [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+
+
 def environment() -> dict[str, Any]:
     """What a result needs beside its numbers."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}

@@ -2,7 +2,7 @@
 
 The bits of the real tensor core are compared on a GPU by scripts/check_gpu_attention.py; here the
 copies, barriers, masks, padding and the fold of each schedule run on a CPU. Slots of the cache
-that nobody has written, and padding queries, hold NaN.
+that no query of their row sees, and padding queries, hold NaN.
 """
 
 import functools
@@ -23,19 +23,21 @@ KINDS = {
     "walked by two": Schedule("walked", wgs=2),
     "spread": Schedule("spread", blocks=3),
 }
-SMOL, QWEN = (6, 2, 64), (4, 1, 128)  # heads, heads of keys, head size: groups of 3 and 4
+# Heads, heads of keys, head size: groups of 3, 4 and 2.
+SMOL, QWEN, GEMMA = (6, 2, 64), (4, 1, 128), (4, 2, 256)
 
 
 @pytest.fixture(scope="module")
 def case(normal):
-    """case(heads, positions, cache, dtype): q, k, v, positions, NaN where nobody may look."""
+    """case(heads, positions, cache, dtype, window): q, k, v, positions, NaN where nobody looks."""
 
-    def draw(heads, positions, cache=128, dtype=jnp.bfloat16):
+    def draw(heads, positions, cache=128, dtype=jnp.bfloat16, window=None):
         h, n, d = heads
         at = np.asarray(positions, np.int32)
         q = normal(0, (*at.shape, h, d), np.float32)
         q = np.where((at < 0)[..., None, None], np.nan, q)
-        unseen = np.arange(cache) > at.max(1, keepdims=True)
+        key, window = np.arange(cache), window or cache
+        unseen = ~((key <= at[:, :, None]) & (key > at[:, :, None] - window)).any(1)
         k, v = (
             np.where(unseen[:, None, :, None], np.nan, normal(i, (len(at), n, cache, d), "f4"))
             for i in (1, 2)
@@ -45,19 +47,19 @@ def case(normal):
     return draw
 
 
-def attend(case, schedule, kv_split=KV_SPLIT, page_table=None):
+def attend(case, schedule, kv_split=KV_SPLIT, page_table=None, **options):
     q = case[0]
-    scale = q.shape[-1] ** -0.5
-    y = simulated(*case, scale=scale, kv_split=kv_split, schedule=schedule, page_table=page_table)
+    options = {"scale": q.shape[-1] ** -0.5, "kv_split": kv_split, **options}
+    y = simulated(*case, schedule=schedule, page_table=page_table, **options)
     assert y.shape == q.shape and y.dtype == q.dtype
     return y.block_until_ready()  # the simulator shares XLA's few threads with whatever is next
 
 
-def assert_right(y, case):
+def assert_right(y, case, **options):
     """Against the reference in float32, to the rounding of p and of the result."""
     q, k, v = (jnp.nan_to_num(x.astype(jnp.float32)) for x in case[:3])
     scale = q.shape[-1] ** -0.5
-    want = reference.attention(q, k, v, case[3], scale=scale, kv_split=KV_SPLIT)
+    want = reference.attention(q, k, v, case[3], scale=scale, kv_split=KV_SPLIT, **options)
     eps = float(jnp.finfo(y.dtype).eps)
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2 * eps, atol=2 * eps)
 
@@ -172,12 +174,52 @@ def test_pages_smaller_and_larger_than_a_tile(case, paged, assert_same_bits, pag
     assert_same_bits(y, walked)
 
 
-@pytest.mark.parametrize("length", [1, 300])
-def test_registered_schedules(length):
+def test_decode_with_a_window(case, paged, assert_same_bits):
+    """Rows that skip three splits, one and none; pages and entries before the windows are lost."""
+    at, options = [[300], [-1], [63], [140]], {"sliding_window": 70}
+    q, k, v, at = inputs = case(SMOL, at, cache=320, window=70)
+    walked = attend(inputs, KINDS["walked"], **options)
+    assert_right(walked, inputs, **options)
+    *pages, table = paged(k, v, at, 16)
+    for row, last in enumerate((300, -1, 63, 140)):
+        table[row, : max(0, last - 69) // 16] = (10**6, -7)[row % 2]
+    inputs = q, *map(jnp.asarray, pages), at
+    y = attend(inputs, KINDS["spread"], page_table=jnp.asarray(table), **options)
+    assert_same_bits(y, walked)
+
+
+def test_prefill_with_a_window_and_a_cap(case, assert_same_bits):
+    """Two tiles that begin in different splits, padded; decode at two positions."""
+    options = {"sliding_window": 22, "soft_cap": 3.0}
+    inputs = case(SMOL, [[*range(140, 168), -1, -1, -1, -1]], cache=192, window=22)
+    both = attend(inputs, KINDS["walked by two"], **options)
+    assert_right(both, inputs, **options)
+    assert_same_bits(attend(inputs, KINDS["spread"], **options), both)
+    q, k, v, _ = inputs
+    q, k, v = (jnp.concatenate(x) for x in ((q[:, 3:4], q[:, 27:28]), (k, k), (v, v)))
+    steps = attend((q, k, v, jnp.array([[143], [167]])), KINDS["spread"], **options)
+    assert_same_bits(steps[:, 0], both[0, jnp.array([3, 27])])
+
+
+def test_head_size_256(case, assert_same_bits):
+    """Two consumers with half of the columns each; a window in the prefill's third split."""
+    inputs = case(GEMMA, [[300], [63]], cache=320)
+    walked = attend(inputs, KINDS["walked"])
+    assert_right(walked, inputs)
+    assert_same_bits(attend(inputs, KINDS["spread"]), walked)
+    options = {"sliding_window": 40}
+    inputs = case(GEMMA, [[*range(180, 200)]], cache=256, window=40)
+    walked = attend(inputs, KINDS["walked"], **options)
+    assert_right(walked, inputs, **options)
+    assert_same_bits(attend(inputs, KINDS["spread"], **options), walked)
+
+
+@pytest.mark.parametrize(("length", "dim"), [(1, 128), (300, 128), (1, 256), (300, 256)])
+def test_registered_schedules(length, dim):
     """The defaults are among those that the script compares on a GPU."""
-    registered = mosaic_gpu.schedules(length)
+    registered = mosaic_gpu.schedules(length, dim)
     for batch in (1, 8, 64):
-        assert mosaic_gpu.default_schedule(batch, length, 32, 8) in registered
+        assert mosaic_gpu.default_schedule(batch, length, 32, 8, dim) in registered
 
 
 def test_refuses_what_it_cannot_compute(case):
@@ -187,6 +229,9 @@ def test_refuses_what_it_cannot_compute(case):
         call(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), at)
     with pytest.raises(NotImplementedError, match="kv_split"):
         mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
+    with pytest.raises(NotImplementedError, match="head_dim 256 needs wgs=1"):
+        two = case(GEMMA, [[3, 4]])
+        call(*two, schedule=KINDS["walked by two"])
     with pytest.raises(ValueError, match="positions"):
         call(q, k, v, at[0])
     with pytest.raises(ValueError, match="pages of 128 slots"):
