@@ -201,7 +201,7 @@ def attention_tiled(
             table = None
         else:
             k, v, table = k_cache, v_cache, lax.dynamic_index_in_dim(page_table, row, 0)
-        out = attention_whole(
+        return attention_whole(
             q_tile[None],
             k,
             v,
@@ -211,8 +211,7 @@ def attention_tiled(
             kv_split=kv_split,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
-        )
-        return out[0]
+        )[0]
 
     rows = jnp.arange(batch * tiles) // tiles
     out = lax.map(one_tile, (rows, q_tiles, p_tiles))
