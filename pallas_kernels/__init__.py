@@ -22,12 +22,16 @@ from typing import Any
 OPS = (
     "attention",
     "embed",
+    "expert_sum",
     "gated_matmul",
+    "grouped_gated_matmul",
+    "grouped_matmul",
     "log_normalizer",
     "matmul",
     "qkv_heads",
     "rms_norm",
     "rope",
+    "route",
     "silu_mul",
 )
 IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu", "jax_triton")

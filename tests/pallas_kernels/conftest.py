@@ -21,10 +21,12 @@ ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 2
 FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
 
 _STATIC = {
+    "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
     "attention": ("scale", "kv_split"),
+    "route": ("k", "normalise"),
 }
 
 
