@@ -1,4 +1,4 @@
-"""Checkpoint map: from Hugging Face tensor names to the decoder's parameters."""
+"""From a checkpoint's tensors to the decoder's parameters: which, and whether they fit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jdet.models.config import DecoderConfig
+from jdet.models.families import FAMILIES
 
 
 @runtime_checkable
@@ -20,37 +21,44 @@ class TensorSource(Protocol):
 
 # A parameter of the decoder, as a path into its state, and the tensors that are stacked,
 # along their first axis, to make it.
-type Entry = tuple[tuple[str | int, ...], tuple[str, ...]]
+type Path = tuple[str | int, ...]
+type Entry = tuple[Path, tuple[str, ...]]
 
 
 def entries(config: DecoderConfig) -> Iterator[Entry]:
     """Every parameter of the decoder with its tensors, in the order they are read."""
-    yield ("embedding",), ("model.embed_tokens.weight",)
-    for i in range(config.num_hidden_layers):
-        hf = f"model.layers.{i}."
-        attention, mlp = hf + "self_attn.", hf + "mlp."
-        at: tuple[str | int, ...] = ("layers", i)
-        yield (*at, "attention_norm"), (hf + "input_layernorm.weight",)
-        yield (
-            (*at, "attention", "qkv"),
-            tuple(f"{attention}{name}_proj.weight" for name in "qkv"),
-        )
-        if config.qk_norm:
-            yield (*at, "attention", "q_norm"), (attention + "q_norm.weight",)
-            yield (*at, "attention", "k_norm"), (attention + "k_norm.weight",)
-        yield (*at, "attention", "out"), (attention + "o_proj.weight",)
-        yield (*at, "mlp_norm"), (hf + "post_attention_layernorm.weight",)
-        yield (*at, "mlp", "gate_up"), (mlp + "gate_proj.weight", mlp + "up_proj.weight")
-        yield (*at, "mlp", "down"), (mlp + "down_proj.weight",)
-    yield ("norm",), ("model.norm.weight",)
-    if not config.tie_word_embeddings:
-        yield ("lm_head",), ("lm_head.weight",)
+    has = {
+        "qkv_bias": config.qkv_bias,
+        "out_bias": config.out_bias,
+        "q_norm": config.qk_norm,
+        "k_norm": config.qk_norm,
+        "attention_post_norm": config.post_norms,
+        "mlp_post_norm": config.post_norms,
+        "lm_head": not config.tie_word_embeddings,
+    }
+    for parameter, names in FAMILIES[config.family].tensors.items():
+        if not has.get(parameter.rpartition(".")[2], True):
+            continue
+        for i in range(config.num_hidden_layers if "{}" in parameter else 1):
+            path = parameter.format(i).split(".")
+            yield (
+                tuple(int(part) if part.isdigit() else part for part in path),
+                tuple(name.format(i) for name in names),
+            )
+
+
+def named_as_mapped[T: TensorSource](
+    config: DecoderConfig, tensors: Mapping[str, T]
+) -> dict[str, T]:
+    """The tensors under the names of the family's map, without the parts that are not read."""
+    rename = FAMILIES[config.family].rename
+    return {ours: source for name, source in tensors.items() if (ours := rename(name)) is not None}
 
 
 def check_tensors(
     config: DecoderConfig,
     tensors: Mapping[str, TensorSource],
-    shape_of: Callable[[tuple[str | int, ...]], tuple[int, ...]],
+    shape_of: Callable[[Path], tuple[int, ...]],
     source: str,
 ) -> None:
     """Compare names and shapes with what the config asks for, before anything is read.
@@ -79,8 +87,15 @@ def check_tensors(
 
 
 def read_parameter(
-    tensors: Mapping[str, TensorSource], names: tuple[str, ...], dtype: DTypeLike
+    config: DecoderConfig,
+    path: Path,
+    tensors: Mapping[str, TensorSource],
+    names: tuple[str, ...],
+    dtype: DTypeLike,
 ) -> np.ndarray:
-    """The tensors of one parameter, stacked."""
+    """The tensors of one parameter, stacked, in `dtype`; a norm's whole weight."""
     parts = [tensors[n].read(dtype) for n in names]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+    value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+    if config.unit_offset_norms and str(path[-1]).endswith("norm"):
+        return value + np.ones((), value.dtype)
+    return value

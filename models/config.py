@@ -2,19 +2,36 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-Family = Literal["llama", "qwen3"]
+from jdet.models.families import FAMILIES, family_of
+from jdet.models.rope import Rope
+from jdet.pallas_kernels.gated_matmul import Activation
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer with grouped-query attention and a SiLU-gated MLP.
+    """A decoder-only transformer with grouped-query attention and a gated MLP.
 
     The field names are those of Hugging Face's config.json where it has one.
+
+    Attributes:
+      family: a name of `families.FAMILIES`; no code but the checkpoint map asks for it.
+      rope: of every layer; of those without a window where `local_rope` is given.
+      local_rope: of the layers with a window.
+      windows: how many keys a query of each layer sees at most (None: all), repeated over the
+        layers.
+      qk_norm: every query and key head is normalised before RoPE.
+      qkv_bias, out_bias: attention's projections add a bias.
+      post_norms: the outputs of attention and MLP are normalised before they are added.
+      unit_offset_norms: checkpoints store a norm's weight less 1. The decoder holds the whole
+        weight, in float32, in which the sum is exact for a checkpoint's bfloat16.
+      scale_embeddings: embeddings are multiplied by sqrt(hidden_size), rounded to their dtype.
+      attention_scale: what scores are multiplied by; None: head_dim**-0.5.
+      final_soft_cap: c: logits become c * tanh(logits / c).
     """
 
-    family: Family
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -22,15 +39,34 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    local_rope: Rope | None = None
+    windows: tuple[int | None, ...] = (None,)
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    activation: Activation = "silu"
+    post_norms: bool = False
+    unit_offset_norms: bool = False
+    scale_embeddings: bool = False
+    attention_scale: float | None = None
+    final_soft_cap: float | None = None
 
     @property
-    def qk_norm(self) -> bool:
-        """Qwen3 normalises every query and key head before RoPE."""
-        return self.family == "qwen3"
+    def ropes(self) -> tuple[Rope, ...]:
+        """The ropes of the layers; a table each."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def window(self, layer: int) -> int | None:
+        """The attention window of a layer."""
+        return self.windows[layer % len(self.windows)]
+
+    def rope_index(self, layer: int) -> int:
+        """Which of `ropes` a layer turns by."""
+        return int(self.local_rope is not None and self.window(layer) is not None)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
@@ -39,73 +75,13 @@ class DecoderConfig:
         Raises:
           ValueError: the family or a feature it asks for is not supported; a key is missing.
         """
-        family = config.get("model_type")
-        if family not in ("llama", "qwen3"):
-            raise ValueError(f"model_type {family!r} is not supported; supported: llama, qwen3")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope type {kind!r} is not supported; supported: default")
-        for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            if config.get(key):
-                raise ValueError(f"config has {key}=true, which is not supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; use: silu")
-        try:
-            heads = config["num_attention_heads"]
-            theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-            return cls(
-                family=family,
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads", heads),
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rope_theta=float(theta),
-                rms_norm_eps=config["rms_norm_eps"],
-                max_position_embeddings=config["max_position_embeddings"],
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            )
-        except KeyError as missing:
-            raise ValueError(f"config lacks {missing}") from None
-
-
-def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> DecoderConfig:
-    return DecoderConfig(
-        family="qwen3",
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=tied,
-    )
+        name = family_of(config.get("model_type"))
+        return cls(family=name, **FAMILIES[name].read_config(config))
 
 
 # Published shapes, so that any of them runs with random weights.
 CONFIGS: dict[str, DecoderConfig] = {
-    "SmolLM2-135M": DecoderConfig(
-        family="llama",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        rope_theta=1e5,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
-    "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
-    "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+    name: DecoderConfig.from_hf(config)
+    for family in FAMILIES.values()
+    for name, config in family.published.items()
 }

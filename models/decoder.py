@@ -1,4 +1,4 @@
-"""The decoder of the Llama and Qwen3 dense families, in Flax NNX."""
+"""The decoder of the dense families, in Flax NNX: one, told apart by its config."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,20 @@ from jdet.cache import KVCache
 from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
 from jdet.ops import Ops
+from jdet.pallas_kernels.gated_matmul import Activation
 
 
 class RopeTable(nnx.Variable):
     """Cosines or sines by position: derived from the config, no weight."""
 
 
-def rope_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin) of every position and frequency, [P, D/2], float32 from float64."""
-    half = config.head_dim // 2
-    inverse = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    angle = np.arange(config.max_position_embeddings, dtype=np.float64)[:, None] * inverse
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+def rope_tables(config: DecoderConfig) -> dict[tuple[str, int], np.ndarray]:
+    """The values of the decoder's `RopeTable`s, by their paths: [P, D/2], float32 from float64."""
+    tables = {}
+    for i, rope in enumerate(config.ropes):
+        cos, sin = rope.table(config.head_dim, config.max_position_embeddings)
+        tables |= {("rope_cos", i): cos, ("rope_sin", i): sin}
+    return tables
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, int], dtype: DTypeLike) -> nnx.Param:
@@ -31,8 +33,17 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, int], dtype: DTypeLike) -> nnx.Par
     return nnx.Param((rngs.params.normal(shape, jnp.float32) * shape[1] ** -0.5).astype(dtype))
 
 
-def _norm(size: int, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.ones(size, dtype))
+def _norm(config: DecoderConfig, size: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.ones(size, jnp.float32 if config.unit_offset_norms else dtype))
+
+
+def _bias(size: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.zeros(size, dtype))
+
+
+def _value(parameter: nnx.Param | None) -> Array | None:
+    """The array of a parameter that not every family has."""
+    return None if parameter is None else parameter[...]
 
 
 class Placed(NamedTuple):
@@ -40,8 +51,8 @@ class Placed(NamedTuple):
 
     positions: Int32[Array, "B T"]
     page_table: Int32[Array, "B N"] | None
-    cos: Float32[Array, "B T half"]
-    sin: Float32[Array, "B T half"]
+    cos: tuple[Float32[Array, "B T half"], ...]  # by rope of the config
+    sin: tuple[Float32[Array, "B T half"], ...]
 
 
 def _split(x: Float[Array, "R D"], groups: tuple[Placed, ...]) -> list[Float[Array, "B T D"]]:
@@ -52,16 +63,21 @@ def _split(x: Float[Array, "R D"], groups: tuple[Placed, ...]) -> list[Float[Arr
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; query, key and value projections are one matrix."""
+    """Grouped-query attention of one layer; query, key and value projections are one matrix."""
 
-    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
+        self.window = config.window(layer)
+        self.rope_index = config.rope_index(layer)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim, hidden = config.head_dim, config.hidden_size
-        self.qkv = _weight(rngs, ((heads + 2 * kv_heads) * dim, hidden), dtype)
+        width = (heads + 2 * kv_heads) * dim
+        self.qkv = _weight(rngs, (width, hidden), dtype)
+        self.qkv_bias = _bias(width, dtype) if config.qkv_bias else None
         self.out = _weight(rngs, (hidden, heads * dim), dtype)
-        self.q_norm = _norm(dim, dtype) if config.qk_norm else None
-        self.k_norm = _norm(dim, dtype) if config.qk_norm else None
+        self.out_bias = _bias(hidden, dtype) if config.out_bias else None
+        self.q_norm = _norm(config, dim, dtype) if config.qk_norm else None
+        self.k_norm = _norm(config, dim, dtype) if config.qk_norm else None
 
     def __call__(
         self,
@@ -71,15 +87,16 @@ class Attention(nnx.Module):
         ops: Ops,
     ) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
         k, v = cache
+        projected = ops.matmul(x, self.qkv[...], bias=_value(self.qkv_bias))
         queries, outputs = [], []
         # The cache holds all new entries before attention reads it: one path for all.
-        for group, qkv in zip(groups, _split(ops.matmul(x, self.qkv[...]), groups), strict=True):
+        for group, qkv in zip(groups, _split(projected, groups), strict=True):
             q, k, v = ops.qkv_heads(
                 qkv,
-                None if self.q_norm is None else self.q_norm[...],
-                None if self.k_norm is None else self.k_norm[...],
-                group.cos,
-                group.sin,
+                _value(self.q_norm),
+                _value(self.k_norm),
+                group.cos[self.rope_index],
+                group.sin[self.rope_index],
                 group.positions,
                 k,
                 v,
@@ -88,33 +105,51 @@ class Attention(nnx.Module):
             )
             queries.append(q)
         for group, q in zip(groups, queries, strict=True):
-            y = ops.attention(q, k, v, group.positions, page_table=group.page_table)
+            y = ops.attention(
+                q,
+                k,
+                v,
+                group.positions,
+                page_table=group.page_table,
+                scale=self.config.attention_scale,
+                sliding_window=self.window,
+            )
             outputs.append(y.reshape(group.positions.size, -1))
-        return ops.matmul(jnp.concatenate(outputs), self.out[...], k_sharded=True), (k, v)
+        y = ops.matmul(
+            jnp.concatenate(outputs), self.out[...], bias=_value(self.out_bias), k_sharded=True
+        )
+        return y, (k, v)
 
 
 class MLP(nnx.Module):
-    """SiLU-gated MLP; gate and up projections are one matrix."""
+    """Gated MLP; gate and up projections are one matrix."""
 
     def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
+        self.activation: Activation = config.activation
         self.gate_up = _weight(rngs, (2 * inner, hidden), dtype)
         self.down = _weight(rngs, (hidden, inner), dtype)
 
     def __call__(self, x: Float[Array, "R D"], ops: Ops) -> Float[Array, "R D"]:
-        inner = ops.gated_matmul(x, self.gate_up[...])
+        inner = ops.gated_matmul(x, self.gate_up[...], activation=self.activation)
         return ops.matmul(inner, self.down[...], k_sharded=True)
 
 
 class Layer(nnx.Module):
-    """Pre-norm transformer layer; each norm also adds the branch before it."""
+    """Pre-norm transformer layer; each norm also adds the branch before it.
 
-    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    With post-norms the branch is normalised before it is added.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, post = config.hidden_size, config.post_norms
         self.eps = config.rms_norm_eps
-        self.attention_norm = _norm(config.hidden_size, dtype)
-        self.attention = Attention(config, dtype, rngs)
-        self.mlp_norm = _norm(config.hidden_size, dtype)
+        self.attention_norm = _norm(config, hidden, dtype)
+        self.attention = Attention(config, layer, dtype, rngs)
+        self.attention_post_norm = _norm(config, hidden, dtype) if post else None
+        self.mlp_norm = _norm(config, hidden, dtype)
         self.mlp = MLP(config, dtype, rngs)
+        self.mlp_post_norm = _norm(config, hidden, dtype) if post else None
 
     def __call__(
         self,
@@ -128,8 +163,15 @@ class Layer(nnx.Module):
             branch, self.attention_norm[...], eps=self.eps, residual=residual
         )
         branch, cache = self.attention(x, groups, cache, ops)
+        branch = self._after(branch, self.attention_post_norm, ops)
         x, residual = ops.rms_norm(branch, self.mlp_norm[...], eps=self.eps, residual=residual)
-        return self.mlp(x, ops), residual, cache
+        branch = self._after(self.mlp(x, ops), self.mlp_post_norm, ops)
+        return branch, residual, cache
+
+    def _after(
+        self, branch: Float[Array, "R D"], norm: nnx.Param | None, ops: Ops
+    ) -> Float[Array, "R D"]:
+        return branch if norm is None else ops.rms_norm(branch, norm[...], eps=self.eps)[0]
 
 
 class Decoder(nnx.Module):
@@ -147,16 +189,17 @@ class Decoder(nnx.Module):
             (rngs.params.normal((config.vocab_size, config.hidden_size)) * 0.02).astype(dtype)
         )
         self.layers = nnx.List(
-            [Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
+            [Layer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)]
         )
-        self.norm = _norm(config.hidden_size, dtype)
+        self.norm = _norm(config, config.hidden_size, dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else _weight(rngs, (config.vocab_size, config.hidden_size), dtype)
         )
-        cos, sin = rope_table(config)
-        self.rope_cos, self.rope_sin = RopeTable(jnp.asarray(cos)), RopeTable(jnp.asarray(sin))
+        tables = {path: RopeTable(jnp.asarray(t)) for path, t in rope_tables(config).items()}
+        self.rope_cos = nnx.List([t for (name, _), t in tables.items() if name == "rope_cos"])
+        self.rope_sin = nnx.List([t for (name, _), t in tables.items() if name == "rope_sin"])
 
     def __call__(
         self, groups: tuple[Group, ...], cache: KVCache, ops: Ops
@@ -168,7 +211,8 @@ class Decoder(nnx.Module):
         """
         placed = tuple(self._placed(group) for group in groups)
         tokens = jnp.concatenate([group.tokens.reshape(-1) for group in groups])
-        branch, residual = ops.embed(tokens, self.embedding[...]), None
+        scale = self.config.hidden_size**0.5 if self.config.scale_embeddings else None
+        branch, residual = ops.embed(tokens, self.embedding[...], scale=scale), None
         k, v = list(cache.k), list(cache.v)
         for i, layer in enumerate(self.layers):
             branch, residual, (k[i], v[i]) = layer(branch, residual, placed, (k[i], v[i]), ops)
@@ -180,10 +224,15 @@ class Decoder(nnx.Module):
     def _placed(self, group: Group) -> Placed:
         at = jnp.maximum(group.positions, 0)  # what padding reads is not used
         return Placed(
-            group.positions, group.page_table, self.rope_cos[...][at], self.rope_sin[...][at]
+            group.positions,
+            group.page_table,
+            tuple(table[...][at] for table in self.rope_cos),
+            tuple(table[...][at] for table in self.rope_sin),
         )
 
     def logits(self, hidden: Float[Array, "*rows D"], ops: Ops) -> Float32[Array, "*rows V"]:
         """Logits of normalised hidden states, float32, not rounded to the model's dtype."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        return ops.matmul(hidden, head[...], out_dtype=jnp.float32)
+        logits = ops.matmul(hidden, head[...], out_dtype=jnp.float32)
+        cap = self.config.final_soft_cap
+        return logits if cap is None else ops.soft_cap(logits, cap)

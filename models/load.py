@@ -14,9 +14,9 @@ from jdet.io.checkpoint import open_checkpoint
 from jdet.io.errors import CheckpointError
 from jdet.io.resolve import resolve
 from jdet.io.tokenizer import Tokenizer
-from jdet.models.checkpoint import check_tensors, entries, read_parameter
+from jdet.models.checkpoint import check_tensors, entries, named_as_mapped, read_parameter
 from jdet.models.config import CONFIGS, DecoderConfig
-from jdet.models.decoder import Decoder, RopeTable, rope_table
+from jdet.models.decoder import Decoder, rope_tables
 from jdet.ops import Ops, default_implementation
 
 DTYPES = ("bfloat16", "float32")
@@ -95,12 +95,13 @@ def load(
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(state))
-    check_tensors(config, checkpoint.tensors, lambda p: flat[p].shape, checkpoint.source)
+    tensors = named_as_mapped(config, checkpoint.tensors)
+    check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
-        array = jax.device_put(read_parameter(checkpoint.tensors, names, dtype))
-        flat[path] = flat[path].replace(array)
-    for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
-        flat[name,] = RopeTable(jnp.asarray(table))
+        value = read_parameter(config, path, tensors, names, flat[path].dtype)
+        flat[path] = flat[path].replace(jax.device_put(value))
+    for path, table in rope_tables(config).items():
+        flat[path] = flat[path].replace(jnp.asarray(table))
     decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))
     return LanguageModel(name_or_path, decoder, checkpoint.tokenizer, ops)
 

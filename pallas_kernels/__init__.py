@@ -24,6 +24,7 @@ OPS = (
     "embed",
     "expert_sum",
     "gated_matmul",
+    "gelu_mul",
     "grouped_gated_matmul",
     "grouped_matmul",
     "log_normalizer",
@@ -33,6 +34,7 @@ OPS = (
     "rope",
     "route",
     "silu_mul",
+    "soft_cap",
 )
 IMPLEMENTATIONS = ("reference", "portable", "xla", "mosaic_gpu", "mosaic_tpu", "jax_triton")
 

@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 # ln 2 in two parts: the first has 15 trailing zero bits, so that n * _LN2_HIGH is exact.
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
-# Minimax coefficients of the Cephes library (S. Moshier, netlib.org/cephes, expf and logf).
+# Minimax coefficients of the Cephes library (S. Moshier, netlib.org/cephes, expf, logf, tanhf).
 _EXP = (
     1.9875691500e-4,
     1.3981999507e-3,
@@ -46,6 +46,14 @@ _LOG = (
     -2.4999993993e-1,
     3.3333331174e-1,
 )
+_TANH = (
+    -5.70498872745e-3,
+    2.06390887954e-2,
+    -5.37397155531e-2,
+    1.33314422036e-1,
+    -3.33332819422e-1,
+)
+_GELU = (1.5957691216057308, 0.07135481627260025)  # 2 sqrt(2 / pi), and 0.044715 times it
 _SQRT_HALF = 0.70710678118654752440
 
 
@@ -109,6 +117,21 @@ def log(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     return jnp.where(x == 0, -jnp.inf, y)
 
 
+def tanh(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """tanh(x) in float32, within 2 ulp: a polynomial below 0.625, of e**2x beyond."""
+    size = jnp.abs(x)
+    square = x * x
+    near = _polynomial(square, _TANH) * square * x + x
+    far = jnp.float32(1.0) - jnp.float32(2.0) / (exp(size + size) + jnp.float32(1.0))
+    return jnp.where(size < jnp.float32(0.625), near, jnp.where(x < 0, -far, far))
+
+
 def silu(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     """x / (1 + e**-x)."""
     return x / (jnp.float32(1.0) + exp(-x))
+
+
+def gelu_tanh(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 x**3), as x / (1 + e**-2u)."""
+    twice = x * (jnp.float32(_GELU[0]) + jnp.float32(_GELU[1]) * (x * x))
+    return x / (jnp.float32(1.0) + exp(-twice))

@@ -27,19 +27,24 @@ from jdet.ops.checks import (
     check_rms_norm,
     check_rope,
     check_route,
+    check_scores,
 )
 from jdet.pallas_kernels import OPS, implementation_of
+from jdet.pallas_kernels.gated_matmul import Activation
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
 from jdet.pallas_kernels.route import Routing
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
+    "embed": ("scale",),
+    "gated_matmul": ("activation",),
     "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
-    "attention": ("scale", "kv_split"),
     "route": ("k", "normalise"),
+    "soft_cap": ("cap",),
+    "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
 }
 
 
@@ -95,10 +100,14 @@ class Ops:
         return self.contract.fingerprint(self.implementation)
 
     def embed(
-        self, tokens: Int32[Array, "*rows"], table: Float[Array, "V D"]
+        self,
+        tokens: Int32[Array, "*rows"],
+        table: Float[Array, "V D"],
+        *,
+        scale: float | None = None,
     ) -> Float[Array, "*rows D"]:
-        """Rows of `table`; a token outside it gives NaN."""
-        return _op("embed", self.implementation)(tokens, table)
+        """Rows of `table`, times `scale` rounded to its dtype; a token outside it gives NaN."""
+        return _op("embed", self.implementation)(tokens, table, scale=scale)
 
     def matmul(
         self,
@@ -122,15 +131,21 @@ class Ops:
         return y.reshape(*x.shape[:-1], w.shape[0])
 
     def gated_matmul(
-        self, x: Float[Array, "*rows K"], w: Float[Array, "two_f K"]
+        self,
+        x: Float[Array, "*rows K"],
+        w: Float[Array, "two_f K"],
+        *,
+        activation: Activation = "silu",
     ) -> Float[Array, "*rows f"]:
-        """silu(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
+        """activation(x @ gate.T) * (x @ up.T), w the rows of gate and then those of up.
 
         Both products are `matmul`'s, rounded to x's dtype before the gate
         (`pallas_kernels.gated_matmul.reference`).
         """
-        check_gated_matmul(x, w)
-        y = _op("gated_matmul", self.implementation)(x.reshape(-1, x.shape[-1]), w)
+        check_gated_matmul(x, w, activation)
+        y = _op("gated_matmul", self.implementation)(
+            x.reshape(-1, x.shape[-1]), w, activation=activation
+        )
         return y.reshape(*x.shape[:-1], w.shape[0] // 2)
 
     def route(
@@ -249,8 +264,14 @@ class Ops:
         positions: Int32[Array, "B T"],
         *,
         page_table: Int32[Array, "B N"] | None = None,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Float[Array, "B T H D"]:
-        """Causal attention of queries at `positions` over their row's cache, scale D**-0.5.
+        """Causal attention of queries at `positions` over their row's cache.
+
+        Scores are multiplied by `scale` (D**-0.5). With a `sliding_window` a query sees so many
+        keys at most, its own among them. With a `soft_cap` c its scores are c * tanh(score / c).
 
         Splits of the contract's `kv_split` at absolute positions, merged in ascending order
         (`pallas_kernels.attention.reference` writes the tree down). The caches hold a row for
@@ -258,19 +279,30 @@ class Ops:
         the same bits.
         """
         check_attention(q, k_cache, v_cache, positions, self.contract.kv_split, page_table)
+        check_scores(scale, sliding_window, soft_cap)
         return _op("attention", self.implementation)(
             q,
             k_cache,
             v_cache,
             positions,
-            scale=q.shape[-1] ** -0.5,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
             kv_split=self.contract.kv_split,
             page_table=page_table,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
         )
 
     def silu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:
         """silu(gate) * up of the two halves of the last axis."""
         return _op("silu_mul", self.implementation)(gate_up)
+
+    def gelu_mul(self, gate_up: Float[Array, "*rows two_f"]) -> Float[Array, "*rows f"]:
+        """gelu(gate) * up of the two halves of the last axis, GELU in its tanh form."""
+        return _op("gelu_mul", self.implementation)(gate_up)
+
+    def soft_cap(self, x: Float[Array, "*rows V"], cap: float) -> Float[Array, "*rows V"]:
+        """cap * tanh(x / cap)."""
+        return _op("soft_cap", self.implementation)(x, cap=cap)
 
     def log_normalizer(self, logits: Float[Array, "*rows V"]) -> LogNormalizer:
         """What turns logits into log-probabilities, in float32, and the argmax of each row."""

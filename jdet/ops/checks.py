@@ -1,9 +1,13 @@
 """Shape checks of the ops: an error that names both sides, before anything is traced."""
 
+import math
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jdet.pallas_kernels.attention.pages import check_pages
+from jdet.pallas_kernels.gated_matmul import ACTIVATIONS
 from jdet.pallas_kernels.route import Routing
 
 
@@ -19,8 +23,12 @@ def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
         raise ValueError(f"matmul: K={w.shape[1]} cannot be cut into {leaves} equal leaves")
 
 
-def check_gated_matmul(x: Array, w: Array) -> None:
-    """Raise ValueError unless x[..., K] and w[2 F, K] fit."""
+def check_gated_matmul(x: Array, w: Array, activation: str = "silu") -> None:
+    """Raise ValueError unless x[..., K] and w[2 F, K] fit and the activation is known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"gated_matmul: activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}"
+        )
     if w.ndim != 2 or x.shape[-1] != w.shape[1] or w.shape[0] % 2:
         raise ValueError(
             f"gated_matmul: x {x.shape} and w {w.shape}; w must be [2 F, K={x.shape[-1]}]"
@@ -148,4 +156,17 @@ def check_attention(
     elif k.shape[2] % kv_split:
         raise ValueError(
             f"attention: a cache of {k.shape[2]} slots is no multiple of kv_split={kv_split}"
+        )
+
+
+def check_scores(scale: Any, sliding_window: Any, soft_cap: Any) -> None:
+    """Raise ValueError unless the options of attention are numbers in their ranges, or None."""
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value > 0):
+            raise ValueError(f"attention: {name}={value!r}; must be a positive number, or None")
+    whole = isinstance(sliding_window, int) and not isinstance(sliding_window, bool)
+    if sliding_window is not None and not (whole and sliding_window >= 1):
+        raise ValueError(
+            f"attention: sliding_window={sliding_window!r}; must be an int of 1 or more, or None"
         )

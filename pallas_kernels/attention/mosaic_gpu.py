@@ -149,6 +149,8 @@ def attention(
     scale: float,
     kv_split: int,
     page_table: jax.Array | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -196,6 +198,11 @@ def attention(
         raise NotImplementedError(
             f"mosaic_gpu attention takes kv_split 64, 128 or 256 and a positive scale, got"
             f" {kv_split}, {scale}"
+        )
+    if sliding_window is not None or soft_cap is not None:
+        raise NotImplementedError(
+            "mosaic_gpu attention has no sliding window and no soft cap yet, got"
+            f" sliding_window={sliding_window}, soft_cap={soft_cap}"
         )
     s = schedule or default_schedule(batch, length, heads, kv_heads)
     if length == 1:

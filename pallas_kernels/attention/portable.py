@@ -8,19 +8,22 @@ Schedules:
 - `tiled` (any other backend): `lax.map` over the rows of the batch and over tiles of
   `QUERY_TILE` queries; every dot has one fixed shape.
 
-How many splits are walked follows the longest neighbour; the extra ones are masked, and a
-masked split is an exact identity of the merge.
+Which splits are walked follows the batch: up to the longest neighbour's last, and with a sliding
+window from the first that any row sees. The extra ones are masked, and a masked split is an
+exact identity of the merge.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jdet.pallas_kernels.attention.masks import sees
 from jdet.pallas_kernels.attention.pages import contiguous
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS
-from jdet.pallas_kernels.trees import exp, tree_sum
+from jdet.pallas_kernels.trees import exp, tanh, tree_sum
 
 QUERY_TILE = 16
 _PLAIN_DIMS = (8, 16, 64, 128)
@@ -62,13 +65,20 @@ def _split(
     seen: Bool[Array, "B R S"],
     written: Bool[Array, "B S"],
     scale: float,
+    soft_cap: float | None,
 ) -> Partial:
     """One split alone; `written` marks the keys that some query of the row sees."""
-    score = _batched_dot(q, k, 3) * jnp.float32(scale)
+    score = _batched_dot(q, k, 3)
+    if soft_cap is None:
+        score = score * jnp.float32(scale)
+    else:
+        score = tanh(score * jnp.float32(scale / soft_cap)) * jnp.float32(soft_cap)
+        # One value for the maximum and for p: XLA may compute it in both places otherwise.
+        score = lax.optimization_barrier(score)
     score = jnp.where(seen[:, None], score, -jnp.inf)
     m = jnp.max(score, axis=-1)  # a maximum is exact in any order
     p = exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None])
-    # Slots nobody has written may hold NaN, and 0 * NaN is NaN.
+    # Slots that nobody has written, or that were freed, may hold NaN, and 0 * NaN is NaN.
     v = jnp.where(written[:, None, :, None], v, jnp.zeros((), v.dtype))
     return m, tree_sum(p), _weigh(p.astype(v.dtype), v)
 
@@ -90,6 +100,8 @@ def _attend(
     *,
     scale: float,
     kv_split: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
 ) -> Float[Array, "B N R D"]:
     """Walk the splits in ascending order for query rows that share their keys' head."""
 
@@ -97,16 +109,24 @@ def _attend(
         start = index * kv_split
         k, v = (lax.dynamic_slice_in_dim(c, start, kv_split, 2) for c in (k_cache, v_cache))
         keys = start + jnp.arange(kv_split)
-        written = keys <= jnp.max(positions, axis=1, keepdims=True)
-        return _split(q, k, v, keys <= positions[:, :, None], written, scale)
+        seen = sees(positions, keys, sliding_window)
+        if sliding_window is None:
+            written = keys <= jnp.max(positions, axis=1, keepdims=True)
+        else:
+            written = seen.any(axis=1)
+        return _split(q, k, v, seen, written, scale, soft_cap)
 
-    first = partial_at(jnp.int32(0))
+    last, begin = jnp.max(positions), jnp.int32(0)
+    if sliding_window is not None:
+        earliest = jnp.min(jnp.where(positions < 0, last, positions))
+        begin = jnp.maximum(earliest - (sliding_window - 1), 0) // kv_split
+    first = partial_at(begin)
     if k_cache.shape[2] == kv_split:
         _, total, out = first
     else:
         _, total, out = lax.fori_loop(
-            jnp.int32(1),
-            jnp.max(positions) // kv_split + 1,
+            begin + 1,
+            last // kv_split + 1,
             lambda index, state: _merge(state, partial_at(index)),
             first,
         )
@@ -122,6 +142,8 @@ def attention_whole(
     *,
     scale: float,
     kv_split: int,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """The `whole` schedule."""
     batch, length, heads, dim = q.shape
@@ -133,7 +155,16 @@ def attention_whole(
     missing = max(0, MIN_ROWS - group * length)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
     row_positions = jnp.pad(row_positions, ((0, 0), (0, missing)), constant_values=-1)
-    out = _attend(rows, k_cache, v_cache, row_positions, scale=scale, kv_split=kv_split)
+    out = _attend(
+        rows,
+        k_cache,
+        v_cache,
+        row_positions,
+        scale=scale,
+        kv_split=kv_split,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
     out = out[:, :, : group * length].reshape(batch, kv_heads, group, length, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -146,6 +177,8 @@ def attention_tiled(
     *,
     scale: float,
     kv_split: int,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """The `tiled` schedule."""
     batch, length, heads, dim = q.shape
@@ -159,8 +192,16 @@ def attention_tiled(
     def one_tile(args: tuple[Array, Array, Array]) -> Float[Array, "QT H D"]:
         row, q_tile, p_tile = args
         k, v = (lax.dynamic_index_in_dim(c, row, 0) for c in (k_cache, v_cache))
-        out = attention_whole(q_tile[None], k, v, p_tile[None], scale=scale, kv_split=kv_split)
-        return out[0]
+        return attention_whole(
+            q_tile[None],
+            k,
+            v,
+            p_tile[None],
+            scale=scale,
+            kv_split=kv_split,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )[0]
 
     rows = jnp.arange(batch * tiles) // tiles
     out = lax.map(one_tile, (rows, q_tiles, p_tiles))
@@ -176,14 +217,19 @@ def attention(
     scale: float,
     kv_split: int,
     page_table: Int32[Array, "B N"] | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """See `reference.attention`; S must be a multiple of `kv_split`. Pages are gathered first."""
     k_cache, v_cache = contiguous(k_cache, v_cache, page_table, positions, kv_split)
+    options: dict[str, Any] = dict(
+        scale=scale, kv_split=kv_split, sliding_window=sliding_window, soft_cap=soft_cap
+    )
     return lax.platform_dependent(
         q,
         k_cache,
         v_cache,
         positions,
-        cpu=functools.partial(attention_whole, scale=scale, kv_split=kv_split),
-        default=functools.partial(attention_tiled, scale=scale, kv_split=kv_split),
+        cpu=functools.partial(attention_whole, **options),
+        default=functools.partial(attention_tiled, **options),
     )

@@ -1,4 +1,4 @@
-"""Embedding by xla: nothing is computed, so the reference is the implementation."""
+"""Embedding by xla: it sums nothing, so the reference is the implementation."""
 
 from jdet.pallas_kernels.embed.reference import embed
 

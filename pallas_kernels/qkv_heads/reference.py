@@ -54,7 +54,7 @@ def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
           qkv: the fused projection: H query heads, then Hkv of keys, then Hkv of values, of D each.
           q_norm, k_norm: weights of the RMS norm of each query and key head; None for no norm.
           cos, sin: of the angles of each token's position. They come from a table that is computed
-            outside, in float64 (`models.decoder.rope_table`): no sine or cosine runs on the device.
+            outside, in float64 (`models.rope.Rope.table`): no sine or cosine runs on the device.
           positions: the slot of each token's key and value; -1, padding, writes nothing.
           k_cache, v_cache: one page a row (P = B, position s in slot s), or with a page table any
             number of pages. Every slot but those of the tokens keeps its bits.

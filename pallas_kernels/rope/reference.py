@@ -29,7 +29,7 @@ def rope(
 ) -> Float[Array, "B T H D"]:
     """`rotate` by the angles of each token's position; position < 0 reads row 0 of the table.
 
-    The table is computed outside (`models.decoder.rope_table`, in float64): no sine or cosine
+    The table is computed outside (`models.rope.Rope.table`, in float64): no sine or cosine
     runs on the device.
     """
     at = jnp.maximum(positions, 0)

@@ -63,9 +63,22 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
     assert len(names) == len(set(names))
     published = {
         "SmolLM2-135M": 134.5e6,
+        "Llama-3.1-8B": 8.03e9,
+        "Llama-3.2-1B": 1.236e9,
+        "Llama-3.2-3B": 3.213e9,
+        "Mistral-7B-v0.1": 7.242e9,
+        "Mistral-7B-v0.3": 7.248e9,
+        "Qwen2.5-0.5B": 494e6,
+        "Qwen2.5-7B": 7.616e9,
         "Qwen3-0.6B": 596e6,
         "Qwen3-1.7B": 1.72e9,
+        "Qwen3-4B": 4.02e9,
         "Qwen3-8B": 8.19e9,
+        "Qwen3-14B": 14.8e9,
+        "Qwen3-32B": 32.8e9,
+        "Gemma-3-270m": 268e6,
+        "Gemma-3-1B": 1.0e9,
+        "Gemma-3-4B": 3.88e9,  # without the vision tower
     }
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
@@ -80,9 +93,30 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"vocab_size": None}, "vocab_size"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"hidden_act": "gelu"}, "'gelu' is not supported; use: silu, gelu_pytorch_tanh"),
+        ({"vocab_size": None}, "lacks 'vocab_size'"),
+        ({"hidden_size": "576"}, "hidden_size='576'; expected a positive integer"),
+        ({"num_key_value_heads": 4}, "9 attention heads over 4 key heads"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor=None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4}},
+            "high_freq_factor=None",
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=true"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]},
+            "linear_attention",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "'sliding_window'"),
+        ({"model_type": "gemma3"}, "text_config"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     ],
 )
 def test_what_a_config_asks_for_and_we_have_not_is_refused(

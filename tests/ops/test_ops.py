@@ -29,6 +29,7 @@ WRONG_GATED_MATMUL = {
     "other K": ((zeros(5, 8), zeros(6, 4)), r"x \(5, 8\) and w \(6, 4\).*K=8"),
     "no second half": ((zeros(5, 8), zeros(3, 8)), r"w \(3, 8\); w must be \[2 F"),
     "other dtype": ((zeros(5, 8), zeros(6, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
+    "activation": ((zeros(5, 8), zeros(6, 8), "gelu"), "'gelu'; allowed: silu, gelu_tanh"),
 }
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
@@ -91,6 +92,15 @@ WRONG_ATTENTION = {
     "int16": ((Q, PAGED, PAGED, AT, 16, AT.astype(jnp.int16)), "page_table int16"),
     "table": ((Q, PAGED, PAGED, AT, 16, AT[0]), r"page_table int32\(3,\)"),
 }
+WRONG_SCORES = {
+    "scale": ((0.0, None, None), "scale=0.0; must be a positive number"),
+    "no number": ((jnp.float32(1), None, None), "scale=Array.* positive number"),
+    "window of none": ((None, 0, None), "sliding_window=0; must be an int of 1 or more"),
+    "window of half a key": ((None, 2.5, None), "sliding_window=2.5; must be an int"),
+    "window switched on": ((None, True, None), "sliding_window=True; must be an int"),
+    "cap": ((None, None, -50.0), "soft_cap=-50.0; must be a positive number"),
+    "no cap": ((None, None, float("inf")), "soft_cap=inf; must be a positive number"),
+}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +123,15 @@ def test_check_names_both_sides(check, arguments, message):
         check(*arguments)
 
 
+@pytest.mark.parametrize(("arguments", "message"), WRONG_SCORES.values(), ids=WRONG_SCORES)
+def test_check_of_scores(arguments, message):
+    with pytest.raises(ValueError, match=f"^attention: {message}"):
+        checks.check_scores(*arguments)
+
+
 def test_checks_let_pass_what_fits():
+    checks.check_scores(None, None, None)
+    checks.check_scores(1, 1, 50)
     checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
     checks.check_gated_matmul(zeros(2, 5, 16), zeros(6, 16))
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
@@ -139,6 +157,8 @@ def test_ops_check_before_they_compute():
         ops.qkv_heads(*heads(qkv=zeros(2, 3, 60))[:-1], eps=1e-5)
     with pytest.raises(ValueError, match="^attention: "):
         ops.attention(Q, KV[:, :, :24], KV[:, :, :24], AT)
+    with pytest.raises(ValueError, match="^attention: sliding_window"):
+        ops.attention(Q, KV, KV, AT, sliding_window=0)
 
 
 def test_contract_reaches_the_kernels():
@@ -154,6 +174,20 @@ def test_contract_reaches_the_kernels():
     q, at = q.transpose(0, 2, 1, 3), jnp.full((2, 32), 31, jnp.int32)
     coarse = Ops(contract=Contract(kv_split=32))
     assert (one.attention(q, k, v, at) != coarse.attention(q, k, v, at)).any()
+
+
+@pytest.mark.parametrize(
+    "option", [{"scale": 0.25}, {"sliding_window": 5}, {"soft_cap": 0.5}], ids=lambda o: [*o][0]
+)
+def test_options_reach_the_kernels(option):
+    """Each of them alone changes the result; the default scale is D**-0.5."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(KV.shape), jnp.float32) for _ in range(3))
+    q, at = q.transpose(0, 2, 1, 3), jnp.tile(jnp.arange(32, dtype=jnp.int32), (2, 1))
+    ops = Ops(contract=Contract(kv_split=16))
+    plain = ops.attention(q, k, v, at)
+    assert (ops.attention(q, k, v, at, scale=8**-0.5) == plain).all()
+    assert (ops.attention(q, k, v, at, **option) != plain).any()
 
 
 def test_leading_axes_are_rows():

@@ -21,12 +21,15 @@ ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 2
 FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
 
 _STATIC = {
+    "embed": ("scale",),
+    "gated_matmul": ("activation",),
     "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
-    "attention": ("scale", "kv_split"),
     "route": ("k", "normalise"),
+    "soft_cap": ("cap",),
+    "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
 }
 
 
@@ -139,6 +142,70 @@ def paged():
         return *pages, table
 
     return lay_out
+
+
+@pytest.fixture(scope="session")
+def request_of(normal):
+    """request_of(seed, heads, T, S, dtype, B): (q, k, v) of B requests, as long as the cache."""
+
+    def draw(seed, heads, queries, slots, dtype, batch=1):
+        h, n, d = heads
+        return (
+            normal(seed, (batch, queries, h, d), dtype),
+            normal(seed + 1, (batch, n, slots, d), dtype),
+            normal(seed + 2, (batch, n, slots, d), dtype),
+        )
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def attend(op):
+    """attend(implementation, q, k, v, positions, kv_split): positions a list, [T] or [B, T]."""
+
+    def call(implementation, q, k, v, positions, kv_split, page_table=None, **options):
+        at = np.broadcast_to(np.asarray(positions, np.int32), q.shape[:2])
+        function = op("attention", implementation)
+        options = {"scale": q.shape[-1] ** -0.5, "kv_split": kv_split, **options}
+        out = function(q, k, v, at, page_table=page_table, **options)
+        assert out.shape == q.shape and out.dtype == q.dtype, "another batch was formed"
+        return np.asarray(out)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def assert_attends():
+    """assert_attends(out, q, k, v, positions, sliding_window=, soft_cap=): right against float64.
+
+    To the roundings of the sums, of the weights (to v's dtype), of the scores and of the result.
+    """
+
+    def check(out, q, k, v, positions, sliding_window=None, soft_cap=None):
+        q, k, v = (np.asarray(a).astype(np.float64) for a in (q, k, v))
+        batch, length, heads, dim = q.shape
+        group = heads // k.shape[1]
+        positions = np.broadcast_to(positions, (batch, length))
+        want, size = np.zeros_like(q), np.zeros_like(q)  # size: the mean of |v| under the weights
+        for b, t, h in np.ndindex(batch, length, heads):
+            end = positions[b][t] + 1
+            seen = slice(0 if sliding_window is None else max(0, end - sliding_window), end)
+            score = k[b, h // group, seen] @ q[b, t, h] * dim**-0.5
+            if soft_cap is not None:
+                score = soft_cap * np.tanh(score / soft_cap)
+            if score.size:
+                p = np.exp(score - score.max())
+                p /= p.sum()
+                want[b, t, h] = p @ v[b, h // group, seen]
+                size[b, t, h] = p @ abs(v[b, h // group, seen])
+        single, own = np.finfo(np.float32).eps, float(jnp.finfo(out.dtype).eps)
+        # Of the scores (their size is about 4), and of p.
+        sums = 4 * np.sqrt(dim) + np.sqrt(np.max(positions) + 1) + 4 * (soft_cap or 0)
+        tolerance = (sums * single + own / 2) * size + own * abs(want)
+        error = abs(out.astype(np.float64) - want)
+        assert (error <= tolerance).all(), (error / tolerance).max()
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -19,70 +19,12 @@ heads_of_both = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 SMOL, QWEN = HEADS.values()
 
 
-@pytest.fixture(scope="session")
-def request_of(normal):
-    """request_of(seed, heads, T, S, dtype, B): (q, k, v) of B requests, as long as the cache."""
-
-    def draw(seed, heads, queries, slots, dtype, batch=1):
-        h, n, d = heads
-        return (
-            normal(seed, (batch, queries, h, d), dtype),
-            normal(seed + 1, (batch, n, slots, d), dtype),
-            normal(seed + 2, (batch, n, slots, d), dtype),
-        )
-
-    return draw
-
-
-@pytest.fixture(scope="session")
-def attend(op):
-    """attend(implementation, q, k, v, positions, kv_split): positions a list, [T] or [B, T]."""
-
-    def call(implementation, q, k, v, positions, kv_split, page_table=None):
-        at = np.broadcast_to(np.asarray(positions, np.int32), q.shape[:2])
-        function = op("attention", implementation)
-        scale = q.shape[-1] ** -0.5
-        out = function(q, k, v, at, scale=scale, kv_split=kv_split, page_table=page_table)
-        assert out.shape == q.shape and out.dtype == q.dtype, "another batch was formed"
-        return np.asarray(out)
-
-    return call
-
-
-def oracle(q, k, v, positions):
-    """Softmax attention in float64, and the mean of |v| under the same weights."""
-    q, k, v = (np.asarray(a).astype(np.float64) for a in (q, k, v))
-    batch, length, heads, dim = q.shape
-    group = heads // k.shape[1]
-    out, size = np.zeros_like(q), np.zeros_like(q)
-    for b, t, h in np.ndindex(batch, length, heads):
-        seen = slice(0, positions[b][t] + 1)
-        score = k[b, h // group, seen] @ q[b, t, h] * dim**-0.5
-        if score.size:
-            p = np.exp(score - score.max())
-            p /= p.sum()
-            out[b, t, h] = p @ v[b, h // group, seen]
-            size[b, t, h] = p @ abs(v[b, h // group, seen])
-    return out, size
-
-
 @heads_of_both
-def test_right(attend, request_of, implementation, dtype, heads):
+def test_right(attend, request_of, implementation, dtype, heads, assert_attends):
     """Rows at the start, middle and end of three splits; weights are rounded to v's dtype."""
     q, k, v = request_of(0, heads, 4, 192, dtype, batch=2)
     positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
-    assert_right(attend(implementation, q, k, v, positions, 64), q, k, v, positions)
-
-
-def assert_right(out, q, k, v, positions):
-    """To the roundings of the sums, of the weights and of the result."""
-    want, size = oracle(q, k, v, positions)
-    single, own = np.finfo(np.float32).eps, float(jnp.finfo(out.dtype).eps)
-    # Of the scores (their size is about 4), and of p.
-    sums = 4 * np.sqrt(q.shape[3]) + np.sqrt(np.max(positions) + 1)
-    tolerance = (sums * single + own / 2) * size + own * abs(want)
-    error = abs(out.astype(np.float64) - want)
-    assert (error <= tolerance).all(), (error / tolerance).max()
+    assert_attends(attend(implementation, q, k, v, positions, 64), q, k, v, positions)
 
 
 @pytest.mark.parametrize("among", ["reference", "portable"])
@@ -281,13 +223,13 @@ def test_pages_give_the_bits_of_a_contiguous_cache(
     assert_same_bits(attend(invariant, q, *pages, positions, 256, table), whole)
 
 
-def test_pages_are_right(attend, request_of, paged, implementation, dtype):
+def test_pages_are_right(attend, request_of, paged, implementation, dtype, assert_attends):
     """Plain XLA and the reference as well, whatever lies in pages that nobody uses."""
     positions = [[0, 63, 64, 191], [1, 2, 130, 131]]
     q, k, v = request_of(0, SMOL, 4, 192, dtype, batch=2)
     *pages, table = paged(k, v, positions, 16)
     out = attend(implementation, q, *pages, positions, 64, table)
-    assert_right(out, q, k, v, positions)
+    assert_attends(out, q, k, v, positions)
 
 
 @pages_of_all_sizes

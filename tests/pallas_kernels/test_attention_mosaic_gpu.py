@@ -187,6 +187,8 @@ def test_refuses_what_it_cannot_compute(case):
         call(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), at)
     with pytest.raises(NotImplementedError, match="kv_split"):
         mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
+    with pytest.raises(NotImplementedError, match="sliding_window=5, soft_cap=None"):
+        call(q, k, v, at, sliding_window=5)
     with pytest.raises(ValueError, match="positions"):
         call(q, k, v, at[0])
     with pytest.raises(ValueError, match="pages of 128 slots"):

@@ -48,6 +48,16 @@ def test_bits_are_those_of_its_parts(
         assert_same_bits(whole(x[:m], w), silu_mul(matmul(x[:m], w)), f"M={m}")
 
 
+def test_gelu_bits_are_those_of_its_parts(op, implementation, dtype, operands, assert_same_bits):
+    x, w = operands(dtype)
+    whole, matmul, gelu_mul = (
+        op(name, implementation) for name in ("gated_matmul", "matmul", "gelu_mul")
+    )
+    for m in (1, 33):
+        want = gelu_mul(matmul(x[:m], w))
+        assert_same_bits(whole(x[:m], w, activation="gelu_tanh"), want, f"M={m}")
+
+
 def test_row_does_not_follow_the_batch(op, invariant, dtype, rows, operands, assert_rows_alike):
     x, w = operands(dtype)
     gated_matmul = op("gated_matmul", invariant)

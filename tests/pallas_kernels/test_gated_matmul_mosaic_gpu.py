@@ -87,6 +87,14 @@ def test_float16_and_width_of_no_multiple_of_eight(operands):
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2e-2, atol=1e-3)
 
 
+def test_gelu(operands):
+    x, w = operands(5, 24, 64, jnp.float16)
+    y = simulated(x, w, activation="gelu_tanh")
+    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2, axis=1)
+    want = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2e-2, atol=1e-3)
+
+
 def test_constants_of_the_formula():
     """The simulator skips the instructions, so their constants are compared here."""
     high, rest = mosaic_gpu._MINUS_LOG2_E, mosaic_gpu._REST

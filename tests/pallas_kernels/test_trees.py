@@ -8,7 +8,9 @@ from jdet.compiler import jit
 from jdet.pallas_kernels import trees
 
 LENGTHS = (*range(1, 41), 1000)
-tree_sum, exp, log, silu = (jit(f) for f in (trees.tree_sum, trees.exp, trees.log, trees.silu))
+tree_sum, exp, log, tanh, silu = (
+    jit(f) for f in (trees.tree_sum, trees.exp, trees.log, trees.tanh, trees.silu)
+)
 
 
 def halving_sum(x):
@@ -82,17 +84,32 @@ def test_log_at_the_ends():
     assert zero == 0 and minus_infinity == -np.inf
 
 
+def test_tanh_is_within_two_ulp():
+    x = np.concatenate(
+        [np.linspace(-12, 12, 400_000), np.linspace(0.62, 0.63, 9999), np.geomspace(1e-30, 1, 9999)]
+    ).astype(np.float32)
+    assert ulps(tanh(x), np.tanh(x.astype(np.float64))).max() <= 2
+
+
+def test_tanh_at_the_ends():
+    x = np.array([0.0, -0.0, 50, -50, 3e38, -np.inf, np.inf, np.nan], np.float32)
+    *y, nan = np.asarray(tanh(x))
+    assert y == [0, 0, 1, -1, 1, -1, 1]
+    assert np.isnan(nan)
+
+
 def test_silu_is_right():
     x = np.linspace(-80, 80, 100_000).astype(np.float32)
     x64 = x.astype(np.float64)
     np.testing.assert_allclose(silu(x), x64 / (1 + np.exp(-x64)), rtol=6e-7)
 
 
-@pytest.mark.parametrize("function", [exp, log], ids=["exp", "log"])
+@pytest.mark.parametrize("function", [exp, log, tanh], ids=["exp", "log", "tanh"])
 def test_element_does_not_follow_the_length_of_its_array(function, assert_same_bits):
     """XLA's own exp and log do, on some CPUs: scripts/bench/cpu_dot_classes.py measures it."""
     rng = np.random.default_rng(0)
-    x = rng.uniform(*((-20, 5) if function is exp else (1e-3, 50)), 1000).astype(np.float32)
+    low, high = {exp: (-20, 5), log: (1e-3, 50), tanh: (-3, 3)}[function]
+    x = rng.uniform(low, high, 1000).astype(np.float32)
     whole = np.asarray(function(x))
     for n in LENGTHS:
         start = (37 * n) % (1001 - n)

@@ -1,0 +1,1 @@
+"""c * tanh(x / c), which keeps logits within a cap."""
