@@ -99,7 +99,7 @@ def load(
     check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
         value = read_parameter(config, path, tensors, names, flat[path].dtype)
-        flat[path] = flat[path].replace(jax.device_put(value))
+        flat[path] = flat[path].replace(jax.device_put(value.reshape(flat[path].shape)))
     for path, table in rope_tables(config).items():
         flat[path] = flat[path].replace(jnp.asarray(table))
     decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))

@@ -24,7 +24,14 @@ from jdet.models.load import LanguageModel
 from jdet.testing import small_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-NAMES = ("tiny_llama3", "tiny_llama_linear", "tiny_mistral", "tiny_qwen2", "tiny_gemma3")
+NAMES = (
+    "tiny_llama3",
+    "tiny_llama_linear",
+    "tiny_mistral",
+    "tiny_qwen2",
+    "tiny_qwen3_moe",
+    "tiny_gemma3",
+)
 TOLERANCE = 1e-4  # of logits up to 5; what float32 sums in another order move them by is 1e-5
 SPLIT, LENGTH = 16, 48  # three splits of the keys
 
@@ -61,7 +68,12 @@ def logits_of(model: LanguageModel, rows: list[np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "portable") for name in NAMES), ("tiny_qwen2", "xla"), ("tiny_gemma3", "xla")],
+    [
+        *((name, "portable") for name in NAMES),
+        ("tiny_qwen2", "xla"),
+        ("tiny_qwen3_moe", "xla"),
+        ("tiny_gemma3", "xla"),
+    ],
 )
 def test_logits_are_those_of_transformers(name: str, implementation: str) -> None:
     golden = np.load(GOLDENS / name / "logits.npz")
