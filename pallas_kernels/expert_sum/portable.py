@@ -1,5 +1,7 @@
 """The sum of a token's experts in jnp, batch-invariant on any backend."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -8,11 +10,10 @@ def expert_sum(
     y: Float[Array, "R D"], weights: Float[Array, "M k"], places: Int32[Array, "M k"]
 ) -> Float[Array, "M D"]:
     """See `reference.expert_sum`."""
-    total = None
+    products = []
     for j in range(places.shape[1]):
         product = y[places[:, j]] * weights[:, j, None].astype(y.dtype)
         # The choice changes no value; it keeps LLVM from contracting a float32 product and the
         # addition into an FMA, which would follow fusion.
-        product = jnp.where(jnp.isnan(product), jnp.nan, product).astype(jnp.float32)
-        total = product if total is None else total + product
-    return total.astype(y.dtype)
+        products.append(jnp.where(jnp.isnan(product), jnp.nan, product).astype(jnp.float32))
+    return functools.reduce(jnp.add, products).astype(y.dtype)

@@ -39,7 +39,9 @@ def routing(
     rows, k = experts.size, experts.shape[1]
     # One key that is unique, so that no sort has ties to break.
     number = jnp.arange(rows, dtype=jnp.int32)
-    order = lax.sort(experts.reshape(-1) * rows + number) % rows
+    keys = lax.sort(experts.reshape(-1) * rows + number)
+    order = keys - lax.div(keys, jnp.int32(rows)) * rows
     places = jnp.zeros_like(number).at[order].set(number, unique_indices=True)
     sizes = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return Routing(experts, weights, order // k, places.reshape(experts.shape), sizes)
+    tokens = lax.div(order, jnp.int32(k))
+    return Routing(experts, weights, tokens, places.reshape(experts.shape), sizes)

@@ -52,6 +52,7 @@ def test_parameters_are_the_files_tensors() -> None:
     model = jdet.load(str(GOLDEN), dtype="float32", implementation="portable")
     tensors = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
     layer = model.decoder.layers[1]
+    assert layer.mlp is not None
     qkv = [tensors[f"model.layers.1.self_attn.{n}_proj.weight"] for n in "qkv"]
     assert (np.asarray(layer.attention.qkv[...]) == np.concatenate(qkv)).all()
     assert (np.asarray(layer.mlp.down[...]) == tensors["model.layers.1.mlp.down_proj.weight"]).all()
