@@ -16,7 +16,7 @@ group too, whose results nobody stores. They must not be stored, for another blo
 rows: results leave in copies of 64, 32, ..., 1 rows, those that make up the count. Tiles after
 the last group store zeros, and read nothing.
 
-Shared memory of the results is not swizzled, unlike in `matmul`: those copies begin at any row.
+y has a multiple of a copy's columns (64 of 16 bits, or fewer), and is cut by XLA where N is none.
 
 Sources: as for `matmul`; the ladder of copies is that of JAX's Hopper ragged dot
 (jax/experimental/pallas/ops/gpu/ragged_dot_mgpu.py).
@@ -78,8 +78,8 @@ def _grouped(x, w, sizes, *, leaves, out_dtype, s, gate, interpret):
     if leaves > 1:
         x = x.reshape(rows, leaves, k // leaves)
         w = w.reshape(experts, n, leaves, k // leaves)
-    lane = 16 // out_dtype.itemsize
-    wide = pl.cdiv(n, lane) * lane  # rows of y must start at multiples of 16 bytes
+    _, columns = s.tile.stage_tile(out_dtype.itemsize)
+    wide = pl.cdiv(n, columns) * columns  # a copy of results may not reach beyond y
     most = (tiles.shape[0] - 1) * pl.cdiv(wide, s.tile.out_cols)
     y = plgpu.kernel(
         functools.partial(

@@ -40,6 +40,16 @@ def _two_views(shape: tuple[int, ...], dtype: DTypeLike, interpret: bool) -> Any
     return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(row,)), tiled)
 
 
+def _rows_view(shape: tuple[int, ...], dtype: DTypeLike, interpret: bool) -> Any:
+    """A buffer of which any rows can be copied: the bytes of `_two_views`, in tiles of one row."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    tiles = plgpu.TilingTransform((1, swizzle // itemsize))
+    return plgpu.SMEM(
+        shape, dtype, transforms=() if interpret else (tiles, plgpu.SwizzleTransform(swizzle))
+    )
+
+
 def _put(src: Any, dst: Any, row: jax.Array, col: jax.Array) -> None:
     """Starts the copy of `src` to `dst` at (row, col); what lies outside of `dst` is dropped."""
     if len(src.shape) == 2:
@@ -166,8 +176,9 @@ def kernel(
             def load(src, dst, size, side, axis, matrices=1):
                 def tile(t, _):
                     row = tile_origin(t)[side]
-                    grouped = side == 1 and plan_g is not None
-                    expert = (plan_g[planned(t)[0], 2],) if grouped else ()
+                    expert = ()
+                    if side == 1 and plan_g is not None:
+                        expert = (plan_g[planned(t)[0], 2],)
 
                     def step(i, _):
                         at = t * steps + i
@@ -302,9 +313,9 @@ def kernel(
         scope,
         x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
         w_s=_two_views((s.stages, chunks, s.bn, CHUNK), x_g.dtype, interpret),
-        y_s=plgpu.SMEM((s.wgs, slots, put_rows, put_cols), out_dtype)
-        if plan_g is not None
-        else _two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
+        y_s=_two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret)
+        if plan_g is None
+        else _rows_view((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
         full=barrier(num_arrivals=(1 + matrices) * chunks),
         empty=empty_barrier(num_arrivals=s.wgs),
         collective_axes="wg",

@@ -63,14 +63,16 @@ def products(operands):
 @groups
 def test_row_has_the_bits_of_its_product_alone(operands, products, assert_same_bits, sizes):
     """Tiles of 8 rows: groups of one tile, of more, and begun at any row."""
-    y = simulated(*operands, sizes_of(sizes), schedule=GroupedSchedule(TILE, 8))
+    x, w = operands
+    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TILE, 8))
     assert_same_bits(y, pick(products, sizes))
 
 
 @pytest.mark.parametrize(("tile", "height"), [(TILE, 32), (TALL, 128)], ids=["32", "two consumers"])
 def test_height_is_schedule(operands, products, assert_same_bits, tile, height):
     sizes = GROUPS["a tail, one empty"]
-    y = simulated(*operands, sizes_of(sizes), schedule=GroupedSchedule(tile, height))
+    x, w = operands
+    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(tile, height))
     assert_same_bits(y, pick(products, sizes))
 
 
