@@ -34,8 +34,8 @@ def _norm(config: DecoderConfig, size: int, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jnp.ones(size, jnp.float32 if config.unit_offset_norms else dtype))
 
 
-def _bias(size: int, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.zeros(size, dtype))
+def _bias(rngs: nnx.Rngs, size: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param((rngs.params.normal((size,), jnp.float32) * 0.1).astype(dtype))
 
 
 def _value(parameter: nnx.Param | None) -> Array | None:
@@ -70,9 +70,9 @@ class Attention(nnx.Module):
         dim, hidden = config.head_dim, config.hidden_size
         width = (heads + 2 * kv_heads) * dim
         self.qkv = random_weight(rngs, (width, hidden), dtype)
-        self.qkv_bias = _bias(width, dtype) if config.qkv_bias else None
+        self.qkv_bias = _bias(rngs, width, dtype) if config.qkv_bias else None
         self.out = random_weight(rngs, (hidden, heads * dim), dtype)
-        self.out_bias = _bias(hidden, dtype) if config.out_bias else None
+        self.out_bias = _bias(rngs, hidden, dtype) if config.out_bias else None
         self.q_norm = _norm(config, dim, dtype) if config.qk_norm else None
         self.k_norm = _norm(config, dim, dtype) if config.qk_norm else None
 

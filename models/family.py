@@ -128,12 +128,13 @@ def read_windows(config: Json, sliding: list[bool]) -> tuple[int | None, ...]:
     layers = whole(config, "num_hidden_layers")
     types = config.get("layer_types")
     if types is not None:
-        unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
-        if unknown or len(types) != layers:
-            raise ValueError(
-                f"config has {len(types)} layer_types for {layers} layers, with {unknown[:1]};"
-                " allowed: full_attention, sliding_attention"
-            )
+        if len(types) != layers:
+            raise ValueError(f"config has {len(types)} layer_types for {layers} layers")
+        for kind in types:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"layer type {kind!r} is not supported; use: full_attention, sliding_attention"
+                )
         sliding = [t == "sliding_attention" for t in types]
     if not any(sliding):
         return (None,)

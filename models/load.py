@@ -1,6 +1,7 @@
 """From a name or a path to a model that runs."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -62,6 +63,24 @@ def _check_dtype(dtype: DTypeLike) -> Any:
     return jnp.dtype(name)
 
 
+def check_memory(source: str, needed: int, device: Any) -> None:
+    """Raise unless the weights fit into what the device says is free; the CPU says nothing.
+
+    Raises:
+      CheckpointError: they do not; it says by how much.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if needed > free:
+        gib = 1 << 30
+        raise CheckpointError(
+            f"{source}: its weights take {needed / gib:.2f} GiB and {device} has"
+            f" {free / gib:.2f} GiB free: {(needed - free) / gib:.2f} GiB too much"
+        )
+
+
 def load(
     name_or_path: str = "smollm2-135m-instruct",
     *,
@@ -82,7 +101,8 @@ def load(
 
     Raises:
       ValueError: unknown name, unsupported family or dtype; a file that is damaged or does
-        not fit its config (all that is wrong with it, together).
+        not fit its config (all that is wrong with it, together); weights that do not fit into
+        the device's memory (by how much). All of it before the device holds anything.
       NotImplementedError: an implementation that does not cover every op yet.
     """
     dtype = _check_dtype(dtype)
@@ -97,9 +117,15 @@ def load(
     flat = dict(nnx.to_flat_state(state))
     tensors = named_as_mapped(config, checkpoint.tensors)
     check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
+    needed = sum(math.prod(v.shape) * v.dtype.itemsize for v in flat.values())
+    check_memory(checkpoint.source, needed, jax.devices()[0])
+    before = None
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
         value = read_parameter(config, path, tensors, names, flat[path].dtype)
-        flat[path] = flat[path].replace(jax.device_put(value.reshape(flat[path].shape)))
+        array = jax.device_put(value.reshape(flat[path].shape))
+        # Two parameters at most stand in the host's memory: one read, one on its way.
+        jax.block_until_ready(before)
+        flat[path], before = flat[path].replace(array), array
     for path, table in rope_tables(config).items():
         flat[path] = flat[path].replace(jnp.asarray(table))
     decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))

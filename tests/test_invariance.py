@@ -4,21 +4,35 @@ Log-probs are compared as bit patterns, never within a tolerance. `xla`, the sam
 on plain XLA, must fail each comparison: that is what shows that it can fail.
 """
 
+import dataclasses
 import functools
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jdet
+from jdet.cache import create_cache
+from jdet.decoding import Group, prompt_positions
 from jdet.models.config import DecoderConfig
 from jdet.models.load import LanguageModel
+from jdet.ops import Ops
 from jdet.sampling import SamplingParams
-from jdet.testing import compose, run_batch, run_composition, same_bits, small_config
+from jdet.testing import (
+    compose,
+    run_batch,
+    run_composition,
+    same_bits,
+    small_config,
+    tiny_config,
+)
 from jdet.testing.compositions import Generated
 
 MAX_TOKENS = 6
@@ -33,8 +47,8 @@ def model(family: str, dtype: str, implementation: str) -> LanguageModel:
     return jdet.random_model(config, dtype=dtype, implementation=implementation)
 
 
-def prompt_of(length: int) -> list[int]:
-    return np.random.default_rng(length).integers(0, 1536, length).tolist()
+def prompt_of(length: int, vocab_size: int = 1536) -> list[int]:
+    return np.random.default_rng(length).integers(0, vocab_size, length).tolist()
 
 
 def request_of(length: int) -> tuple[list[int], SamplingParams]:
@@ -140,6 +154,80 @@ def test_any_composition_gives_the_solo_bits(
         poison_padding=True,
     )
     assert same_bits(got, alone("llama", "bfloat16", "portable", length))
+
+
+# Over three splits of 16 keys and past a window of 20.
+LONG = 37
+
+
+@functools.cache
+def family_model(family: str, implementation: str) -> LanguageModel:
+    config = DecoderConfig.from_hf(tiny_config(family))  # pyright: ignore[reportArgumentType]
+    if len(config.windows) == 1:  # its layers are alike
+        config = dataclasses.replace(config, num_hidden_layers=1)
+    return jdet.random_model(
+        config, implementation=implementation, contract=jdet.Contract(kv_split=16)
+    )
+
+
+@functools.cache
+def prompt_and_step(ops: Ops, cache_length: int, step: bool) -> Callable[..., jax.Array]:
+    """Log-probs after the prompts of a batch and, by a step, after one token more: [B, 1 or 2, V].
+
+    The decoder alone, since the families share the rest: sampling takes longest to compile.
+    """
+
+    def run(decoder, tokens, lengths, following, unused):
+        cache = create_cache(decoder.config, len(tokens), cache_length, decoder.dtype, unused)
+        prompts = Group(tokens, prompt_positions(tokens, lengths))
+        (hidden,), cache = decoder((prompts,), cache, ops)
+        ends = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        if step:
+            (more,), _ = decoder((Group(following[:, None], lengths[:, None]),), cache, ops)
+            ends = jnp.concatenate([ends, more], 1)
+        return ops.log_softmax(decoder.logits(ends, ops))
+
+    return jdet.jit(run, implementation=ops.implementation)
+
+
+def family_batch(family: str, implementation: str, batch_size: int) -> np.ndarray:
+    """Log-probs of one request at a random row of a batch; alone if its size is 1."""
+    model = family_model(family, implementation)
+    rng = np.random.default_rng(batch_size)
+    poison = implementation != "xla"
+    width, cache_length = (LONG, 48) if batch_size == 1 else (44, 64)
+    lengths = rng.integers(1, 44, batch_size)
+    place = int(rng.integers(batch_size))
+    lengths[place] = LONG
+    tokens = np.full((batch_size, width), model.config.vocab_size if poison else 0, np.int32)
+    following = rng.integers(0, 160, batch_size)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = rng.integers(0, 160, length)
+    tokens[place, :LONG], following[place] = prompt_of(LONG, 160), 7
+    step = family == "gemma3"  # it has what the others have, but for biases
+    run = prompt_and_step(model.ops, cache_length, step)
+    out = run(
+        model.decoder,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray(following, jnp.int32),
+        float("nan") if poison else 0.0,
+    )
+    assert out.shape == (batch_size, 1 + step, 160), "another batch was formed"
+    return np.asarray(out)[place]
+
+
+@pytest.mark.parametrize(("family", "batch_size"), [("mistral", 4), ("qwen2", 33), ("gemma3", 9)])
+def test_each_family_has_the_same_bits_in_any_batch(family: str, batch_size: int) -> None:
+    alone = family_batch(family, "portable", 1)
+    crowd = family_batch(family, "portable", batch_size)
+    assert np.isfinite(crowd).all()
+    assert alone.tobytes() == crowd.tobytes()
+
+
+def test_plain_xla_fails_the_comparison_of_a_family() -> None:
+    alone, small = (family_batch("gemma3", "xla", n) for n in (1, 9))
+    assert alone.tobytes() != small.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

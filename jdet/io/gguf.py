@@ -14,7 +14,12 @@ from jdet.io.errors import CheckpointError
 from jdet.io.gguf_header import GGUFHeader, TensorInfo, read_header
 from jdet.io.tokenizer import Tokenizer
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -34,6 +39,15 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Gemma has norms on both sides of the MLP, and Llama's name for the one before it after attention.
+_GEMMA_NAMES = {
+    **_LAYER_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Divisors of the rotary frequencies: how such files store Llama 3.1's scaled RoPE.
+_ROPE_DIVISORS = "rope_freqs.weight"
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,5})\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -50,12 +64,18 @@ class GGUFTensor:
         rotary_heads: For a query or key projection of architecture ``llama``, its number
             of heads: such files store the rows of a head with the two halves of each
             rotated pair interleaved, and ``read`` puts them back. 0 otherwise.
+        offset: What the file's values are more than Hugging Face's: 1 for the norms of
+            architecture ``gemma3``, whose weights are stored less 1 there. Taken off in
+            float32.
     """
 
-    def __init__(self, data: mmap.mmap, info: TensorInfo, rotary_heads: int = 0) -> None:
+    def __init__(
+        self, data: mmap.mmap, info: TensorInfo, rotary_heads: int = 0, offset: int = 0
+    ) -> None:
         self._data = data
         self._info = info
         self._rotary_heads = rotary_heads
+        self._offset = offset
         self.shape = info.shape
 
     def read(self, dtype: npt.DTypeLike) -> np.ndarray:
@@ -66,7 +86,10 @@ class GGUFTensor:
         raw = np.frombuffer(self._data, np.uint8, info.n_bytes, info.offset)
         plain = _PLAIN.get(info.kind.name)
         if plain is not None:
-            out = raw.view(plain).reshape(self.shape).astype(dtype)
+            out = raw.view(plain).reshape(self.shape)
+            if self._offset:
+                out = out.astype(np.float32) - np.float32(self._offset)
+            out = out.astype(dtype)
         else:
             columns = self.shape[-1]
             rows = raw.reshape(-1, raw.size * columns // int(np.prod(self.shape)))
@@ -83,7 +106,7 @@ class GGUFTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tokenizer | None]:
-    """Opens a GGUF file of architecture ``llama`` or ``qwen3``.
+    """Opens a GGUF file of architecture ``llama``, ``qwen2``, ``qwen3`` or ``gemma3``.
 
     Returns:
         A Hugging Face style configuration, the tensors under their Hugging Face names,
@@ -103,33 +126,58 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tok
     _check_dequantisable(header, path)
     tensors = {}
     for info in header.tensors:
-        name = _hf_name(info.name, config["num_hidden_layers"], path)
-        heads = 0
-        if config["model_type"] == "llama":
-            if ".q_proj." in name:
-                heads = config["num_attention_heads"]
-            elif ".k_proj." in name:
-                heads = config["num_key_value_heads"]
-        if heads and info.shape[0] % (2 * heads):
-            raise CheckpointError(
-                f"{path}: tensor {info.name!r} of shape {info.shape} cannot hold {heads} heads"
-            )
-        tensors[name] = GGUFTensor(data, info, heads)
+        if info.name == _ROPE_DIVISORS:
+            _scale_rope(config, GGUFTensor(data, info).read(np.float64), path)
+        else:
+            name = _hf_name(info.name, header.metadata["general.architecture"], config, path)
+            tensors[name] = _tensor(data, info, name, config, path)
     return config, tensors, Tokenizer.from_gguf_metadata(header.metadata, str(path))
 
 
-def _hf_name(name: str, n_layers: int, path: Path) -> str:
+def _tensor(
+    data: mmap.mmap, info: TensorInfo, name: str, config: dict[str, Any], path: Path
+) -> GGUFTensor:
+    heads, offset = 0, 0
+    if config["model_type"] == "llama":
+        if ".q_proj." in name:
+            heads = config["num_attention_heads"]
+        elif ".k_proj." in name:
+            heads = config["num_key_value_heads"]
+    elif config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+        offset = 1
+    if heads and info.shape[0] % (2 * heads):
+        raise CheckpointError(
+            f"{path}: tensor {info.name!r} of shape {info.shape} cannot hold {heads} heads"
+        )
+    if offset and info.kind.name not in _PLAIN:
+        raise CheckpointError(f"{path}: norm {info.name!r} is quantised as {info.kind.name}")
+    return GGUFTensor(data, info, heads, offset)
+
+
+def _scale_rope(config: dict[str, Any], divisors: np.ndarray, path: Path) -> None:
+    """Enters the divisors of the frequencies into the configuration."""
+    half = config["head_dim"] // 2
+    if config["rope_scaling"] or divisors.shape != (half,) or not (divisors > 0).all():
+        raise CheckpointError(
+            f"{path}: tensor {_ROPE_DIVISORS!r} of shape {divisors.shape} must be {half} positive"
+            " divisors of frequencies that are not scaled otherwise"
+        )
+    config["rope_scaling"] = {"rope_type": "divided", "divisors": divisors.tolist()}
+
+
+def _hf_name(name: str, architecture: str, config: dict[str, Any], path: Path) -> str:
     match = _TENSOR_NAME.fullmatch(name)
+    n_layers = config["num_hidden_layers"]
+    layer_names = _GEMMA_NAMES if architecture == "gemma3" else _LAYER_NAMES
     if match:
         part, layer = match["part"], match["layer"]
         if layer is None and part in _NAMES:
             return f"{_NAMES[part]}.{match['leaf']}"
-        if layer is not None and part in _LAYER_NAMES and int(layer) < n_layers:
-            return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{match['leaf']}"
-    hint = " (RoPE scaled by frequency)" if name.startswith("rope_freqs") else ""
+        if layer is not None and part in layer_names and int(layer) < n_layers:
+            return f"model.layers.{int(layer)}.{layer_names[part]}.{match['leaf']}"
     raise CheckpointError(
-        f"{path}: tensor {name!r}{hint} is not supported; supported are dense llama and qwen3 "
-        f"decoders of {n_layers} layers with unscaled or linearly scaled RoPE"
+        f"{path}: tensor {name!r} is not supported; supported are dense {architecture} decoders"
+        f" of {n_layers} layers"
     )
 
 
@@ -193,7 +241,24 @@ class _Config:
         }
         for key in ("bos_token_id", "eos_token_id"):
             config[key] = self._metadata.get(f"tokenizer.ggml.{key}")
-        return config
+        return config | (self._gemma(config) if self._architecture == "gemma3" else {})
+
+    def _gemma(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What Gemma's config has besides; its constants are those of llama.cpp's loader."""
+        scalar = config["head_dim"]
+        if config["num_hidden_layers"] == 62:  # 27B alone scales scores by another width
+            scalar = config["hidden_size"] // config["num_attention_heads"]
+        cap = f"{self._architecture}.final_logit_softcapping"
+        return {
+            "model_type": "gemma3_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_theta": self._float("rope.freq_base", 1e6),
+            "rope_local_base_freq": self._float("rope.freq_base_swa", 10000.0),
+            "sliding_window": self._int("attention.sliding_window"),
+            "sliding_window_pattern": self._int("attention.sliding_window_pattern", 6),
+            "query_pre_attn_scalar": scalar,
+            "final_logit_softcapping": self._metadata.get(cap),
+        }
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         kind = self._metadata.get(f"{self._architecture}.rope.scaling.type", "none")

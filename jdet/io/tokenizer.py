@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from jdet.io.chat_template import ChatTemplate
 from jdet.io.errors import CheckpointError
-from jdet.io.gguf_tokenizer import byte_level_bpe, token_ids
+from jdet.io.gguf_tokenizer import adds_bos, read_tokenizer, token_ids
 
 if TYPE_CHECKING:
     import tokenizers
 
 # End-of-turn markers of the supported families: they stop a reply also where the file
 # names another token as its EOS.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -61,12 +61,12 @@ class Tokenizer:
             The tokenizer; None where the file has none.
 
         Raises:
-            CheckpointError: A kind other than GPT-2 BPE with the pre-tokenizer smollm,
-                gpt-2 or qwen2, or damaged token tables.
+            CheckpointError: A kind other than GPT-2 BPE with one of the known
+                pre-tokenizers or SentencePiece's BPE, or damaged token tables.
         """
         if "tokenizer.ggml.model" not in metadata:
             return None
-        backend = byte_level_bpe(metadata, source)
+        backend = read_tokenizer(metadata, source)
         ids = token_ids(metadata, source)
         names = {"unknown": "unk_token", "padding": "pad_token"}
         special = {
@@ -76,7 +76,7 @@ class Tokenizer:
         template = metadata.get("tokenizer.chat_template")
         return cls(
             backend,
-            bos_to_add=ids.get("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None,
+            bos_to_add=ids.get("bos") if adds_bos(metadata) else None,
             eos_token_ids=[ids[name] for name in ("eos", "eot") if name in ids],
             chat_template=ChatTemplate(template, special, source) if template else None,
             source=source,

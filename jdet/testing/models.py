@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+type Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+
 
 def small_config(
     family: Literal["llama", "qwen3", "qwen3_moe"] = "llama",
@@ -55,13 +57,33 @@ def small_config(
     }
 
 
-def tiny_config() -> dict[str, Any]:
-    """A config.json dictionary for runs of thousands of steps: what is tested there follows
-    from what is put together, and the widths of real models are tested elsewhere."""
-    return {
+def tiny_config(family: Family = "qwen3") -> dict[str, Any]:
+    """A config.json dictionary for runs of thousands of steps, or of many models: what is tested
+    there follows from what is put together, and the widths of real models are tested elsewhere.
+
+    Windows of 20 keys, where the family has windows; of both kinds of layers, where it has both.
+    """
+    common = {
         **small_config("qwen3", vocab_size=160),
+        "model_type": family,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_attention_heads": 4,
         "head_dim": 16,
     }
+    if family == "mistral":
+        return {**common, "sliding_window": 20}
+    if family == "qwen2":
+        return {**common, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    if family == "gemma3":
+        return {
+            **common,
+            "model_type": "gemma3_text",
+            "sliding_window": 20,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        }
+    return common

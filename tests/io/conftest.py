@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 HIDDEN, HEADS, KV_HEADS, MLP, LAYERS = 64, 4, 2, 96, 2
-HEAD_DIM = {"llama": 16, "qwen3": 32}
+HEAD_DIM = {"llama": 16, "qwen2": 16, "qwen3": 32, "gemma3": 32}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}\n    {%- if m['role'] == 'wizard' %}"
@@ -71,10 +71,17 @@ def hf_weights(architecture: str, tied: bool) -> dict[str, np.ndarray]:
             "mlp.up_proj": (MLP, HIDDEN),
             "mlp.down_proj": (HIDDEN, MLP),
         }
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "gemma3"):
             parts |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+        if architecture == "gemma3":
+            parts |= {"pre_feedforward_layernorm": (HIDDEN,)}
+            parts |= {"post_feedforward_layernorm": (HIDDEN,)}
         for part, shape in parts.items():
             shapes[f"model.layers.{layer}.{part}.weight"] = shape
+        if architecture == "qwen2":
+            for part in "qkv":
+                name = f"self_attn.{part}_proj"
+                shapes[f"model.layers.{layer}.{name}.bias"] = parts[name][:1]
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -112,9 +119,11 @@ def write_gguf(tmp_path: Path) -> Callable[..., WrittenGGUF]:
         writer.add_head_count_kv(KV_HEADS)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(75000.0)
-        if architecture == "qwen3":
-            writer.add_key_length(HEAD_DIM["qwen3"])
-            writer.add_value_length(HEAD_DIM["qwen3"])
+        if architecture in ("qwen3", "gemma3"):
+            writer.add_key_length(HEAD_DIM[architecture])
+            writer.add_value_length(HEAD_DIM[architecture])
+        if architecture == "gemma3":
+            writer.add_sliding_window(20)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens.tokens)
@@ -128,9 +137,11 @@ def write_gguf(tmp_path: Path) -> Callable[..., WrittenGGUF]:
         for hf_name, weight in weights.items():
             stored_kind = Kind.F32 if weight.ndim == 1 else kind
             rows, undo = _stored_rows(architecture, hf_name, weight)
-            data = gguf.quants.quantize(rows, stored_kind)
-            writer.add_tensor(_gguf_name(hf_name), data, raw_dtype=stored_kind)
-            read_back[hf_name] = gguf.quants.dequantize(data, stored_kind)[undo]
+            # llama.cpp's converter stores the whole weight of Gemma's norms.
+            more = np.float32(architecture == "gemma3" and "norm" in hf_name)
+            data = gguf.quants.quantize(rows + more, stored_kind)
+            writer.add_tensor(_gguf_name(architecture, hf_name), data, raw_dtype=stored_kind)
+            read_back[hf_name] = gguf.quants.dequantize(data, stored_kind)[undo] - more
         edit(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -152,8 +163,8 @@ def _stored_rows(
     return weight[order], np.argsort(order)
 
 
-def _gguf_name(hf_name: str) -> str:
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
+def _gguf_name(architecture: str, hf_name: str) -> str:
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
     stem, _, leaf = hf_name.rpartition(".")
     return f"{table.get_name(stem)}.{leaf}"
 

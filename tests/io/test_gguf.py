@@ -1,11 +1,15 @@
 """GGUF files: configuration, names, order of rows, dequantisation, and every kind of damage."""
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import nnx
 from gguf import GGMLQuantizationType as Kind
 
+import jdet
 import jdet.io.gguf
 from jdet.io.checkpoint import open_checkpoint
 from jdet.io.errors import CheckpointError
@@ -14,7 +18,7 @@ KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_weights(write_gguf, architecture, kind, monkeypatch):
     # Smaller than a tensor, and no multiple of its rows: blocks must join seamlessly.
     monkeypatch.setattr(jdet.io.gguf, "_CHUNK", 7 * 64)
@@ -61,6 +65,60 @@ def test_config_qwen3(write_gguf):
     assert checkpoint.config["architectures"] == ["Qwen3ForCausalLM"]
     assert not checkpoint.config["tie_word_embeddings"]
     assert "lm_head.weight" in checkpoint.tensors
+
+
+def test_config_qwen2(write_gguf):
+    checkpoint = open_checkpoint(write_gguf("qwen2").path)
+    assert checkpoint.config["model_type"] == "qwen2" and checkpoint.config["attention_bias"]
+    assert checkpoint.tensors["model.layers.1.self_attn.k_proj.bias"].shape == (32,)
+
+
+def test_config_gemma3(write_gguf):
+    def edit(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    config = open_checkpoint(write_gguf("gemma3", tied=True, edit=edit).path).config
+    wanted = {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 32,
+        "rope_theta": 75000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 20,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 32,
+        "final_logit_softcapping": None,
+        "tie_word_embeddings": True,
+    }
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_gemma3_norms_are_stored_whole(write_gguf):
+    """Like transformers' files, the reader gives weights less 1, taken off in float32."""
+    written = write_gguf("gemma3", tied=True)
+    name = "model.layers.0.post_feedforward_layernorm.weight"
+    stored = gguf.GGUFReader(written.path)
+    (whole,) = (t.data for t in stored.tensors if t.name == "blk.0.post_ffw_norm.weight")
+    read = open_checkpoint(written.path).tensors[name].read(np.float32)
+    np.testing.assert_array_equal(read, whole - np.float32(1))
+    del whole, stored
+
+
+def test_divided_rope(write_gguf):
+    """Llama 3.1's scaled rope, as llama.cpp's converter stores it."""
+    divisors = np.linspace(1, 8, 8, dtype=np.float32)
+    written = write_gguf(edit=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
+    checkpoint = open_checkpoint(written.path)
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "divided",
+        "divisors": divisors.astype(np.float64).tolist(),
+    }
+    assert set(checkpoint.tensors) == set(written.weights)
+    for wrong in (divisors[:4], -divisors):
+        written = write_gguf(edit=lambda w, wrong=wrong: w.add_tensor("rope_freqs.weight", wrong))
+        _refused(written.path, "rope_freqs.weight", "8 positive divisors")
 
 
 def test_bias_rows_are_reordered_too(write_gguf):
@@ -114,6 +172,20 @@ def test_k_quants(write_gguf):
         ]
         assert source.shape == shape
         np.testing.assert_array_equal(source.read(np.float32), gguf.quants.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_model_is_that_of_a_folder(write_gguf, architecture, tmp_path, write_json):
+    """The same parameters, shape and all, as from safetensors with the same configuration."""
+    written = write_gguf(architecture, tied=architecture == "gemma3")
+    write_json(tmp_path / "config.json", open_checkpoint(written.path).config)
+    safetensors.numpy.save_file(written.weights, tmp_path / "model.safetensors")
+    models = [jdet.load(str(path), dtype="float32") for path in (written.path, tmp_path)]
+    assert models[0].config == models[1].config
+    assert models[0].config.family == architecture
+    states = [jax.tree.leaves(nnx.state(model.decoder)) for model in models]
+    for ours, theirs in zip(*states, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def _refused(path, *words):
@@ -175,17 +247,17 @@ def test_other_byte_order(write_gguf):
 
 def test_other_architecture(write_gguf):
     def edit(writer):
-        writer.kv_data[0]["general.architecture"].value = "gemma3"
+        writer.kv_data[0]["general.architecture"].value = "gemma2"
 
-    _refused(write_gguf(edit=edit).path, "'gemma3'", "llama, qwen3")
+    _refused(write_gguf(edit=edit).path, "'gemma2'", "llama, qwen2, qwen3, gemma3")
 
 
 @pytest.mark.parametrize(
-    "name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "blk.2.attn_q.weight", "cls.weight"]
+    "name", ["blk.0.ffn_gate_exps.weight", "blk.2.attn_q.weight", "cls.weight"]
 )
 def test_unknown_tensor(write_gguf, name):
     written = write_gguf(edit=lambda writer: writer.add_tensor(name, np.ones((4, 32), np.float32)))
-    _refused(written.path, repr(name), "supported are dense llama and qwen3")
+    _refused(written.path, repr(name), "supported are dense llama decoders of 2 layers")
 
 
 def test_unsupported_values(write_gguf):

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
@@ -92,11 +93,43 @@ def test_gguf(write_gguf, token_tables):
         ("smollm", ["1", "2", "Ġ", "1", "2", "!", "Ċ"]),
         ("gpt-2", ["12", "Ġ", "12", "!", "Ċ"]),
         ("qwen2", ["1", "2", "Ġ", "1", "2", "!", "Ċ"]),
+        # BOS too: so llama.cpp where the file does not say.
+        ("llama-bpe", ["<|im_start|>", "12", "Ġ", "12", "!", "Ċ"]),
     ],
 )
 def test_pre_tokenizers(write_gguf, token_tables, pre, pieces):
     tokenizer = _tokenizer(write_gguf(pre=pre).path)
     assert [token_tables.tokens[index] for index in tokenizer.encode("12 12!\n")] == pieces
+
+
+def _sentencepiece(golden):
+    return Tokenizer.from_gguf_metadata(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": golden["tokens"],
+            "tokenizer.ggml.scores": np.array(golden["scores"], np.float32),
+            "tokenizer.ggml.token_type": np.array(golden["types"], np.int32),
+            "tokenizer.ggml.add_space_prefix": golden["add_space_prefix"],
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        },
+        "golden",
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_sentencepiece_ids_and_texts(goldens, kind):
+    """Those of the sentencepiece package (scripts/goldens/make_sentencepiece.py), after BOS."""
+    golden = json.loads((goldens / "sentencepiece.json").read_text(encoding="utf-8"))[kind]
+    tokenizer = _sentencepiece(golden)
+    assert tokenizer is not None and len(golden["strings"]) > 20
+    for entry in golden["strings"]:
+        ids = tokenizer.encode(entry["text"])
+        assert ids == [1, *entry["ids"]], entry["text"]
+        assert tokenizer.decode(entry["ids"]) == entry["decoded"]
+        pieces, rest = _stream(tokenizer, ids)
+        assert "".join(pieces) + rest == entry["decoded"]
 
 
 def test_qwen2_composes_accents(write_gguf):
@@ -126,10 +159,11 @@ def test_gguf_refusals(write_gguf, token_tables):
         with pytest.raises(CheckpointError, match=match):
             open_checkpoint(write_gguf(**options).path)
 
-    def unigram(writer):
-        writer.kv_data[0]["tokenizer.ggml.model"].value = "llama"
+    def kind(name):
+        return lambda writer: _set(writer, "tokenizer.ggml.model", name)
 
-    refused("'llama' with pre-tokenizer 'smollm'.*smollm, gpt-2, qwen2", edit=unigram)
+    refused("'t5' with .* 'smollm'.*'llama', and 'gpt2' with smollm, gpt-2", edit=kind("t5"))
+    refused("tokenizer.ggml.scores must have one entry", edit=kind("llama"))
     refused("'tekken'", pre="tekken")
     refused("bos_token_id 263", edit=lambda w: _set(w, "tokenizer.ggml.bos_token_id", 263))
     for table, value, match in (

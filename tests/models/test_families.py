@@ -68,12 +68,7 @@ def logits_of(model: LanguageModel, rows: list[np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [
-        *((name, "portable") for name in NAMES),
-        ("tiny_qwen2", "xla"),
-        ("tiny_qwen3_moe", "xla"),
-        ("tiny_gemma3", "xla"),
-    ],
+    [*((name, "portable") for name in NAMES), ("tiny_gemma3", "xla")],
 )
 def test_logits_are_those_of_transformers(name: str, implementation: str) -> None:
     golden = np.load(GOLDENS / name / "logits.npz")

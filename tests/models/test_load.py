@@ -1,6 +1,8 @@
 """Loading: everything wrong with a checkpoint in one error, before anything is read."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import safetensors.numpy
 from flax import nnx
 
 import jdet
+import jdet.models.load
 from jdet.io.checkpoint import open_checkpoint
 from jdet.models.checkpoint import check_tensors, entries
 from jdet.models.config import CONFIGS, DecoderConfig
+from jdet.models.load import check_memory
 from jdet.testing import small_config
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
@@ -173,6 +177,75 @@ def test_nothing_is_read_before_the_check() -> None:
     tensors = {n: FakeTensor((1,)) for _, group in entries(config) for n in group}
     with pytest.raises(ValueError, match="and .* more"):
         check_tensors(config, tensors, lambda path: (2,), "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    stats: dict[str, int] | None
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return self.stats
+
+    def __str__(self) -> str:
+        return "fake:0"
+
+
+def test_model_too_large_for_the_device() -> None:
+    gib = 1 << 30
+    device = FakeDevice({"bytes_limit": 80 * gib, "bytes_in_use": 70 * gib})
+    with pytest.raises(ValueError, match="take 16.00 GiB and fake:0 has 10.00 .* 6.00 GiB too"):
+        check_memory("model", 16 * gib, device)
+    check_memory("model", 10 * gib, device)
+    for stats in (None, {}):  # a device that does not say
+        check_memory("model", 10 * gib, FakeDevice(stats))
+
+
+def test_memory_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(source: str, needed: int, device: Any) -> None:
+        seen.append(needed)
+        raise ValueError("full")
+
+    monkeypatch.setattr(jdet.models.load, "check_memory", spy)
+    monkeypatch.setattr(jdet.models.load, "read_parameter", None)
+    with pytest.raises(ValueError, match="full"):
+        jdet.load(str(GOLDEN), dtype="float32")
+    stored = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
+    tables = 2 * 512 * 16 * 4
+    assert seen == [sum(t.nbytes for t in stored.values()) + tables]
+
+
+def test_truncated_shard_is_recognised(tmp_path: Path) -> None:
+    source = GOLDEN.parent / "tiny_llama3"
+    for file in source.iterdir():
+        shutil.copy(file, tmp_path)
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged or truncated"):
+        jdet.load(str(tmp_path))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"'{shard.name}' .* is missing"):
+        jdet.load(str(tmp_path))
+
+
+def test_config_and_weights_of_different_models(tmp_path: Path) -> None:
+    """A config of other sizes, one with biases the file lacks, and one of another family."""
+    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
+    config = json.loads((GOLDEN / "config.json").read_text())
+    del config["layer_types"]
+    for change, parts in (
+        ({"num_hidden_layers": 3, "hidden_size": 128}, ("missing model.layers.2", "expected")),
+        ({"attention_bias": True}, ("missing model.layers.0.self_attn.q_proj.bias", "k_proj.bias")),
+        ({"model_type": "llama"}, ("unexpected model.layers.0.self_attn.q_norm.weight",)),
+        ({"tie_word_embeddings": True, "num_hidden_layers": 1}, ("unexpected model.layers.1",)),
+        ({"model_type": "gpt_bigcode"}, ("gpt_bigcode", "llama, mistral, qwen2, qwen3, qwen3_moe")),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError) as error:
+            jdet.load(str(tmp_path))
+        for part in (str(tmp_path), *parts):
+            assert part in str(error.value)
 
 
 def test_unknown_names_are_refused() -> None:
