@@ -1,5 +1,6 @@
 """From a checkpoint's tensors to the decoder's parameters: which, and whether they fit."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,10 +41,15 @@ def entries(config: DecoderConfig) -> Iterator[Entry]:
         if not has.get(parameter.rpartition(".")[2], True):
             continue
         for i in range(config.num_hidden_layers if "{}" in parameter else 1):
+            if config.has_experts(i) and ".mlp." in parameter:
+                continue
+            if not config.has_experts(i) and ".experts." in parameter:
+                continue
             path = parameter.format(i).split(".")
+            experts = range(config.num_experts if names[0].count("{}") == 2 else 1)
             yield (
                 tuple(int(part) if part.isdigit() else part for part in path),
-                tuple(name.format(i) for name in names),
+                tuple(name.format(i, expert) for expert in experts for name in names),
             )
 
 
@@ -73,10 +79,18 @@ def check_tensors(
         problems += [f"missing {n}" for n in missing]
         if missing:
             continue
-        shapes = [tuple(tensors[n].shape) for n in names]
+        shapes, expected = [tuple(tensors[n].shape) for n in names], shape_of(path)
+        if len(expected) == 3:  # of every expert equally many tensors, all alike
+            part = (math.prod(expected[:2]) // len(names), expected[2])
+            problems += [
+                f"{n}: {s}, expected {part}"
+                for n, s in zip(names, shapes, strict=True)
+                if s != part
+            ]
+            continue
         stacked = (sum(s[0] for s in shapes), *shapes[0][1:])
-        if any(s[1:] != shapes[0][1:] for s in shapes) or stacked != shape_of(path):
-            problems.append(f"{' + '.join(names)}: {shapes}, expected {shape_of(path)}")
+        if any(s[1:] != shapes[0][1:] for s in shapes) or stacked != expected:
+            problems.append(f"{' + '.join(names)}: {shapes}, expected {expected}")
     # A tied checkpoint may still store its head; rotary frequencies are derived.
     known = {"lm_head.weight"} if config.tie_word_embeddings else set()
     extra = [n for n in tensors if n not in wanted | known and "rotary_emb" not in n]
@@ -93,7 +107,10 @@ def read_parameter(
     names: tuple[str, ...],
     dtype: DTypeLike,
 ) -> np.ndarray:
-    """The tensors of one parameter, stacked, in `dtype`; a norm's whole weight."""
+    """The tensors of one parameter, stacked, in `dtype`; a norm's whole weight.
+
+    Those of experts still lie one below the other: [E N, K].
+    """
     parts = [tensors[n].read(dtype) for n in names]
     value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
     if config.unit_offset_norms and str(path[-1]).endswith("norm"):

@@ -29,6 +29,8 @@ class DecoderConfig:
       scale_embeddings: embeddings are multiplied by sqrt(hidden_size), rounded to their dtype.
       attention_scale: what scores are multiplied by; None: head_dim**-0.5.
       final_soft_cap: c: logits become c * tanh(logits / c).
+      num_experts: of the layers that have experts in the MLP's place; 0: none has.
+      mlp_only_layers, decoder_sparse_step: which layers have no experts (`has_experts`).
     """
 
     family: str
@@ -54,6 +56,12 @@ class DecoderConfig:
     scale_embeddings: bool = False
     attention_scale: float | None = None
     final_soft_cap: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -63,6 +71,11 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """The attention window of a layer."""
         return self.windows[layer % len(self.windows)]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the MLP's place."""
+        sparse = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and sparse and layer not in self.mlp_only_layers
 
     def rope_index(self, layer: int) -> int:
         """Which of `ropes` a layer turns by."""

@@ -1,4 +1,4 @@
-"""The decoder of the dense families, in Flax NNX: one, told apart by its config."""
+"""The decoder of all families, in Flax NNX: one, told apart by its config."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from jdet.cache import KVCache
 from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
+from jdet.models.moe import Experts
+from jdet.models.weights import random_weight
 from jdet.ops import Ops
 from jdet.pallas_kernels.gated_matmul import Activation
 
@@ -26,11 +28,6 @@ def rope_tables(config: DecoderConfig) -> dict[tuple[str, int], np.ndarray]:
         cos, sin = rope.table(config.head_dim, config.max_position_embeddings)
         tables |= {("rope_cos", i): cos, ("rope_sin", i): sin}
     return tables
-
-
-def _weight(rngs: nnx.Rngs, shape: tuple[int, int], dtype: DTypeLike) -> nnx.Param:
-    """Random weights [out, in] that keep the variance of their input."""
-    return nnx.Param((rngs.params.normal(shape, jnp.float32) * shape[1] ** -0.5).astype(dtype))
 
 
 def _norm(config: DecoderConfig, size: int, dtype: DTypeLike) -> nnx.Param:
@@ -72,9 +69,9 @@ class Attention(nnx.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim, hidden = config.head_dim, config.hidden_size
         width = (heads + 2 * kv_heads) * dim
-        self.qkv = _weight(rngs, (width, hidden), dtype)
+        self.qkv = random_weight(rngs, (width, hidden), dtype)
         self.qkv_bias = _bias(rngs, width, dtype) if config.qkv_bias else None
-        self.out = _weight(rngs, (hidden, heads * dim), dtype)
+        self.out = random_weight(rngs, (hidden, heads * dim), dtype)
         self.out_bias = _bias(rngs, hidden, dtype) if config.out_bias else None
         self.q_norm = _norm(config, dim, dtype) if config.qk_norm else None
         self.k_norm = _norm(config, dim, dtype) if config.qk_norm else None
@@ -127,8 +124,8 @@ class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation: Activation = config.activation
-        self.gate_up = _weight(rngs, (2 * inner, hidden), dtype)
-        self.down = _weight(rngs, (hidden, inner), dtype)
+        self.gate_up = random_weight(rngs, (2 * inner, hidden), dtype)
+        self.down = random_weight(rngs, (hidden, inner), dtype)
 
     def __call__(self, x: Float[Array, "R D"], ops: Ops) -> Float[Array, "R D"]:
         inner = ops.gated_matmul(x, self.gate_up[...], activation=self.activation)
@@ -148,7 +145,9 @@ class Layer(nnx.Module):
         self.attention = Attention(config, layer, dtype, rngs)
         self.attention_post_norm = _norm(config, hidden, dtype) if post else None
         self.mlp_norm = _norm(config, hidden, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        sparse = config.has_experts(layer)
+        self.mlp = None if sparse else MLP(config, dtype, rngs)
+        self.experts = Experts(config, dtype, rngs) if sparse else None
         self.mlp_post_norm = _norm(config, hidden, dtype) if post else None
 
     def __call__(
@@ -165,8 +164,12 @@ class Layer(nnx.Module):
         branch, cache = self.attention(x, groups, cache, ops)
         branch = self._after(branch, self.attention_post_norm, ops)
         x, residual = ops.rms_norm(branch, self.mlp_norm[...], eps=self.eps, residual=residual)
-        branch = self._after(self.mlp(x, ops), self.mlp_post_norm, ops)
-        return branch, residual, cache
+        if self.mlp is not None:
+            branch = self.mlp(x, ops)
+        elif self.experts is not None:
+            real = jnp.concatenate([group.positions.reshape(-1) >= 0 for group in groups])
+            branch = self.experts(x, real, ops)
+        return self._after(branch, self.mlp_post_norm, ops), residual, cache
 
     def _after(
         self, branch: Float[Array, "R D"], norm: nnx.Param | None, ops: Ops
@@ -195,7 +198,7 @@ class Decoder(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else _weight(rngs, (config.vocab_size, config.hidden_size), dtype)
+            else random_weight(rngs, (config.vocab_size, config.hidden_size), dtype)
         )
         tables = {path: RopeTable(jnp.asarray(t)) for path, t in rope_tables(config).items()}
         self.rope_cos = nnx.List([t for (name, _), t in tables.items() if name == "rope_cos"])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jdet.models import gemma3, llama, mistral, qwen2, qwen3
+from jdet.models import gemma3, llama, mistral, qwen2, qwen3, qwen3_moe
 from jdet.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -10,6 +10,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
     "gemma3": gemma3.FAMILY,
 }
 

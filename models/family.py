@@ -7,7 +7,8 @@ from jdet.models.rope import Rope, read_rope
 
 type Json = Mapping[str, Any]
 # From a parameter of the decoder, `{}` for a layer's number, to the tensors that are stacked along
-# their first axis to make it.
+# their first axis to make it. A second `{}` in their names is an expert's number: all tensors of
+# the first expert come first.
 type TensorMap = Mapping[str, tuple[str, ...]]
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

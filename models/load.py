@@ -122,7 +122,7 @@ def load(
     before = None
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
         value = read_parameter(config, path, tensors, names, flat[path].dtype)
-        array = jax.device_put(value)
+        array = jax.device_put(value.reshape(flat[path].shape))
         # Two parameters at most stand in the host's memory: one read, one on its way.
         jax.block_until_ready(before)
         flat[path], before = flat[path].replace(array), array

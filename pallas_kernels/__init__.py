@@ -22,13 +22,17 @@ from typing import Any
 OPS = (
     "attention",
     "embed",
+    "expert_sum",
     "gated_matmul",
     "gelu_mul",
+    "grouped_gated_matmul",
+    "grouped_matmul",
     "log_normalizer",
     "matmul",
     "qkv_heads",
     "rms_norm",
     "rope",
+    "route",
     "silu_mul",
     "soft_cap",
 )

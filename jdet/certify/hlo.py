@@ -184,7 +184,11 @@ class Module:
                     for b in body
                 )
             case "fusion":
-                return "triton" not in i.line
+                # Triton may join a product and a sum of floats: it may move and compare them.
+                return "triton" not in i.line or all(
+                    b.opcode in (*MOVEMENT, *_CHOOSING) or re.match(_INTEGER, b.result)
+                    for b in body
+                )
             case opcode:
                 return opcode in (*MOVEMENT, *CONTROL, *ELEMENTWISE)
 

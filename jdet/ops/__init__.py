@@ -13,31 +13,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jdet.contract import Contract
 from jdet.ops.checks import (
     check_attention,
+    check_expert_sum,
     check_gated_matmul,
+    check_grouped_gated_matmul,
+    check_grouped_matmul,
     check_matmul,
     check_qkv_heads,
     check_rms_norm,
     check_rope,
+    check_route,
     check_scores,
 )
 from jdet.pallas_kernels import OPS, implementation_of
 from jdet.pallas_kernels.gated_matmul import Activation
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
+from jdet.pallas_kernels.route import Routing
 
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
     "embed": ("scale",),
     "gated_matmul": ("activation",),
+    "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
-    "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
+    "route": ("k", "normalise"),
     "soft_cap": ("cap",),
+    "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
 }
 
 
@@ -140,6 +147,58 @@ class Ops:
             x.reshape(-1, x.shape[-1]), w, activation=activation
         )
         return y.reshape(*x.shape[:-1], w.shape[0] // 2)
+
+    def route(
+        self,
+        logits: Float32[Array, "M E"],
+        routed: Bool[Array, " M"],
+        *,
+        k: int,
+        normalise: bool,
+    ) -> Routing:
+        """The k experts of each routed token, their weights, and their rows sorted by expert.
+
+        Softmax over the experts in a fixed tree; of equal probabilities the lower index
+        (`pallas_kernels.route.reference`). A token's result does not depend on another's.
+        """
+        check_route(logits, routed, k)
+        return _op("route", self.implementation)(logits, routed, k=k, normalise=normalise)
+
+    def grouped_matmul(
+        self,
+        x: Float[Array, "R K"],
+        w: Float[Array, "E N K"],
+        sizes: Int32[Array, " E"],
+        *,
+        k_sharded: bool = False,
+        out_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "R N"]:
+        """x[r] @ w[e].T, e the group of row r: sizes[0] rows of group 0, sizes[1] of 1, ...
+
+        A row has the bits that `matmul` gives it with its expert's weights, whatever the sizes
+        are; rows after the last group are zeros (`pallas_kernels.grouped_matmul.reference`).
+        """
+        leaves = self.contract.leaves if k_sharded else 1
+        check_grouped_matmul(x, w, sizes, leaves)
+        return _op("grouped_matmul", self.implementation)(
+            x, w, sizes, leaves=leaves, out_dtype=out_dtype
+        )
+
+    def grouped_gated_matmul(
+        self, x: Float[Array, "R K"], w: Float[Array, "E two_f K"], sizes: Int32[Array, " E"]
+    ) -> Float[Array, "R f"]:
+        """`gated_matmul` of each row and its group's weights, groups as in `grouped_matmul`."""
+        check_grouped_gated_matmul(x, w, sizes)
+        return _op("grouped_gated_matmul", self.implementation)(x, w, sizes)
+
+    def expert_sum(self, y: Float[Array, "R D"], routing: Routing) -> Float[Array, "M D"]:
+        """What the experts of each token gave (rows as `routing` has them), weighted and added.
+
+        Products rounded to y's dtype, added in float32 in ascending order of experts
+        (`pallas_kernels.expert_sum.reference`).
+        """
+        check_expert_sum(y, routing)
+        return _op("expert_sum", self.implementation)(y, routing.weights, routing.places)
 
     def rms_norm(
         self,

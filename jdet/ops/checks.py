@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jdet.pallas_kernels.attention.pages import check_pages
 from jdet.pallas_kernels.gated_matmul import ACTIVATIONS
+from jdet.pallas_kernels.route import Routing
 
 
 def check_matmul(x: Array, w: Array, bias: Array | None, leaves: int) -> None:
@@ -33,6 +35,50 @@ def check_gated_matmul(x: Array, w: Array, activation: str = "silu") -> None:
         )
     if x.dtype != w.dtype:
         raise ValueError(f"gated_matmul: x is {x.dtype} and w is {w.dtype}; they must be the same")
+
+
+def _check_groups(op: str, x: Array, w: Array, sizes: Array, rows: str) -> None:
+    if w.ndim != 3 or x.ndim != 2 or x.shape[1] != w.shape[2]:
+        raise ValueError(
+            f"{op}: x {x.shape} and w {w.shape}; must be [R, K] and [E, {rows}, K] of one K"
+        )
+    if x.dtype != w.dtype:
+        raise ValueError(f"{op}: x is {x.dtype} and w is {w.dtype}; they must be the same")
+    if sizes.shape != w.shape[:1] or sizes.dtype != jnp.int32:
+        raise ValueError(f"{op}: sizes {sizes.dtype}{sizes.shape}; must be int32{w.shape[:1]}")
+
+
+def check_grouped_matmul(x: Array, w: Array, sizes: Array, leaves: int) -> None:
+    """Raise ValueError unless x[R, K], w[E, N, K], sizes[E] fit and `leaves` divides K."""
+    _check_groups("grouped_matmul", x, w, sizes, "N")
+    if w.shape[2] % leaves:
+        raise ValueError(f"grouped_matmul: K={w.shape[2]} cannot be cut into {leaves} equal leaves")
+
+
+def check_grouped_gated_matmul(x: Array, w: Array, sizes: Array) -> None:
+    """Raise ValueError unless x[R, K], w[E, 2 F, K] and sizes[E] fit."""
+    _check_groups("grouped_gated_matmul", x, w, sizes, "2 F")
+    if w.shape[1] % 2:
+        raise ValueError(f"grouped_gated_matmul: w {w.shape}; must be [E, 2 F, K]")
+
+
+def check_route(logits: Array, routed: Array, k: int) -> None:
+    """Raise ValueError unless there are k experts, and the rows can be numbered in 31 bits."""
+    if logits.ndim != 2 or routed.shape != logits.shape[:1]:
+        raise ValueError(f"route: logits {logits.shape} and routed {routed.shape}; [M, E] and [M]")
+    tokens, experts = logits.shape
+    if not 1 <= k <= experts:
+        raise ValueError(f"route: k={k} of {experts} experts; allowed: 1 to {experts}")
+    if tokens * k * (experts + 1) >= 2**31:
+        raise ValueError(
+            f"route: {tokens} tokens of {k} experts; at most 2**31 / {experts + 1} rows"
+        )
+
+
+def check_expert_sum(y: Array, routing: Routing) -> None:
+    """Raise ValueError unless y has a row for each of the routing's."""
+    if y.ndim != 2 or y.shape[:1] != routing.tokens.shape:
+        raise ValueError(f"expert_sum: y {y.shape}; must be [R={routing.tokens.shape[0]}, D]")
 
 
 def check_rms_norm(x: Array, weight: Array, residual: Array | None) -> None:

@@ -6,9 +6,14 @@ type Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
 
 
 def small_config(
-    family: Literal["llama", "qwen3"] = "llama", *, layers: int = 2, vocab_size: int = 1536
+    family: Literal["llama", "qwen3", "qwen3_moe"] = "llama",
+    *,
+    layers: int = 2,
+    vocab_size: int = 1536,
 ) -> dict[str, Any]:
     """A config.json dictionary with SmolLM2's widths (llama) or narrow Qwen3 ones.
+
+    With experts (qwen3_moe) the first layer has none, the others 8, of which a token has 3.
 
     The widths are real because which kernel a library picks follows them: a model of width
     16 would pass on a build that fails for every model people use.
@@ -31,9 +36,17 @@ def small_config(
             "rope_theta": 1e5,
             "tie_word_embeddings": True,
         }
+    experts = {
+        "moe_intermediate_size": 384,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    }
     return {
         **common,
-        "model_type": "qwen3",
+        **(experts if family == "qwen3_moe" else {}),
+        "model_type": family,
         "hidden_size": 512,
         "intermediate_size": 1024,
         "num_attention_heads": 8,

@@ -150,7 +150,7 @@ class Schedule:
         )
 
 
-def _deep(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) -> Schedule:
+def deepest(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) -> Schedule:
     """The schedule with the deepest pipeline that shared memory allows, float32 results too."""
     stages = most
     while not Schedule(kind, bm, bn, stages, bk, **rest).smem_bytes(4) <= _SMEM_BYTES:
@@ -160,17 +160,17 @@ def _deep(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest) 
 
 # Every schedule that may run. Those of `_CHOICES` are chosen by shape; the others are kept for
 # the comparison of bits: another orientation, depth, division or cluster.
-_SMALL = {bn: _deep("normal", 64, bn, bk=128) for bn in (32, 48, 64, 96, 128, 192)}
-_PAIRS = {bn: _deep("normal", 128, bn, wgs=2, cn=2, group=8) for bn in (48, 64, 96)}
-_PAIRS[32] = _deep("normal", 128, 32, bk=128, wgs=2, cn=2)
-_128X80 = _deep("normal", 128, 80, wgs=2, cm=2, cn=2, group=8)
-_128X96 = _deep("normal", 128, 96, wgs=2, cm=2, group=8)
-_128X128 = _deep("normal", 128, 128, wgs=2, group=8)
-_128X128_K128 = _deep("normal", 128, 128, bk=128, wgs=2, group=8)
-_128X192 = _deep("normal", 128, 192, wgs=2, group=8)
-_128X256 = _deep("normal", 128, 256, wgs=2, group=8)
-_128X256_PAIR = _deep("normal", 128, 256, wgs=2, cm=2, group=8)
-_256X192 = _deep("normal", 256, 192, wgs=2, group=4, slots=1)
+_SMALL = {bn: deepest("normal", 64, bn, bk=128) for bn in (32, 48, 64, 96, 128, 192)}
+_PAIRS = {bn: deepest("normal", 128, bn, wgs=2, cn=2, group=8) for bn in (48, 64, 96)}
+_PAIRS[32] = deepest("normal", 128, 32, bk=128, wgs=2, cn=2)
+_128X80 = deepest("normal", 128, 80, wgs=2, cm=2, cn=2, group=8)
+_128X96 = deepest("normal", 128, 96, wgs=2, cm=2, group=8)
+_128X128 = deepest("normal", 128, 128, wgs=2, group=8)
+_128X128_K128 = deepest("normal", 128, 128, bk=128, wgs=2, group=8)
+_128X192 = deepest("normal", 128, 192, wgs=2, group=8)
+_128X256 = deepest("normal", 128, 256, wgs=2, group=8)
+_128X256_PAIR = deepest("normal", 128, 256, wgs=2, cm=2, group=8)
+_256X192 = deepest("normal", 256, 192, wgs=2, group=4, slots=1)
 
 _LARGE = (
     (_256X192, 1580),
@@ -195,16 +195,16 @@ _REGISTERED = tuple(
     dict.fromkeys(
         (
             *(s for _, choices in _CHOICES for s, _ in choices),
-            _deep("normal", 64, 32),
-            _deep("normal", 64, 32, bk=256),
-            _deep("normal", 64, 64, bk=128, cn=2),
-            _deep("normal", 64, 192, wgs=2, split="n"),
-            _deep("normal", 256, 128, wgs=2, cn=2, group=4),
-            _deep("swapped", 8, 64, bk=256),
-            _deep("swapped", 16, 128, bk=128, wgs=2),
-            _deep("swapped", 32, 192, wgs=3),
-            _deep("swapped", 64, 64, bk=128, cn=2),
-            _deep("swapped", 128, 128, wgs=2),
+            deepest("normal", 64, 32),
+            deepest("normal", 64, 32, bk=256),
+            deepest("normal", 64, 64, bk=128, cn=2),
+            deepest("normal", 64, 192, wgs=2, split="n"),
+            deepest("normal", 256, 128, wgs=2, cn=2, group=4),
+            deepest("swapped", 8, 64, bk=256),
+            deepest("swapped", 16, 128, bk=128, wgs=2),
+            deepest("swapped", 32, 192, wgs=3),
+            deepest("swapped", 64, 64, bk=128, cn=2),
+            deepest("swapped", 128, 128, wgs=2),
         )
     )
 )
@@ -216,8 +216,8 @@ def _gated(s: Schedule) -> Schedule:
 
 _GATED = (
     *(_gated(s) for s in _REGISTERED if s.can_gate),
-    _deep("swapped", 16, 128, bk=128, gated=True),
-    _deep("swapped", 64, 128, wgs=2, split="n", gated=True),
+    deepest("swapped", 16, 128, bk=128, gated=True),
+    deepest("swapped", 64, 128, wgs=2, split="n", gated=True),
 )
 _GATED_CHOICES = tuple(
     (largest, tuple((_gated(s), of_tile) for s, of_tile in choices if s.can_gate))

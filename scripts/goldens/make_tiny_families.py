@@ -58,6 +58,16 @@ MODELS = {
         max_window_layers=1,
         tie_word_embeddings=True,
     ),
+    "tiny_qwen3_moe": transformers.Qwen3MoeConfig(
+        **{**COMMON, "num_hidden_layers": 3},
+        rope_parameters={"rope_theta": 3000.0},
+        head_dim=16,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
     "tiny_gemma3": transformers.Gemma3TextConfig(
         **{**COMMON, "num_hidden_layers": 3},
         head_dim=16,
@@ -108,10 +118,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parents[2] / "tests" / "goldens"
     )
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for name, config in MODELS.items():
-        make(name, config, out)
+    for name in args.only:
+        make(name, MODELS[name], args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The decode step, with greedy sampling, is compiled for an H100 without one (`mak
 test-gpu-compile`), at several batch sizes, and its optimized HLO is read. Outside of the Mosaic
 kernels there may be
 
-- no dot, no convolution, no library's or Triton's custom call;
+- no dot, no convolution, no library's custom call, nothing by Triton but counts of integers;
 - no reduction but those whose result no order can change: maxima, minima, and/or, the choice of
   an argmax, sums of integers;
 - no scatter but one that overwrites (each row writes slots of its own), and no sort but by
@@ -43,6 +43,7 @@ BATCHES = (1, 8, 64)
 VOCABULARY = 8192
 MODELS = {
     "SmolLM2": DecoderConfig.from_hf(small_config(vocab_size=VOCABULARY)),
+    "Qwen3-MoE": DecoderConfig.from_hf(small_config("qwen3_moe", vocab_size=VOCABULARY)),
     "Qwen3-8B": dataclasses.replace(
         CONFIGS["Qwen3-8B"], num_hidden_layers=2, vocab_size=VOCABULARY
     ),

@@ -5,6 +5,7 @@ of one.
 """
 
 import collections
+import functools
 import re
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from jdet.pallas_kernels.attention import mosaic_gpu
+from jdet.pallas_kernels.grouped_gated_matmul.mosaic_gpu import grouped_gated_matmul
+from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import grouped_matmul
 from jdet.pallas_kernels.log_normalizer.mosaic_gpu import log_normalizer
 from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm, schedules
 
@@ -103,3 +106,15 @@ def test_attention(kernels, heads, length, schedule, options, room):
     assert opcodes["fma.rn.f32"] == splits * (scores + values + 2)
     assert opcodes["rcp.approx.ftz.f32"] == (splits * scores if "soft_cap" in options else 0)
     assert spilled <= room
+
+
+@pytest.mark.parametrize("rows", [8, 512, 65536])
+def test_grouped_matmuls(kernels, rows):
+    """Qwen3-30B-A3B's experts in decode and prefill: as in matmul, no register is spilled."""
+    bfloat16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((128,), jnp.int32)
+    found = kernels(grouped_matmul, bfloat16((rows, 768)), bfloat16((128, 2048, 768)), sizes)
+    assert found["jdet_grouped_matmul"][1] == 0
+    x, w = bfloat16((rows, 2048)), bfloat16((128, 1536, 2048))
+    opcodes, spilled = kernels(grouped_gated_matmul, x, w, sizes)["jdet_grouped_gated_matmul"]
+    assert spilled == 0 and opcodes["ex2.approx.ftz.f32"] > 0

@@ -24,7 +24,14 @@ from jdet.models.load import LanguageModel
 from jdet.testing import small_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-NAMES = ("tiny_llama3", "tiny_llama_linear", "tiny_mistral", "tiny_qwen2", "tiny_gemma3")
+NAMES = (
+    "tiny_llama3",
+    "tiny_llama_linear",
+    "tiny_mistral",
+    "tiny_qwen2",
+    "tiny_qwen3_moe",
+    "tiny_gemma3",
+)
 TOLERANCE = 1e-4  # of logits up to 5; what float32 sums in another order move them by is 1e-5
 SPLIT, LENGTH = 16, 48  # three splits of the keys
 
@@ -164,5 +171,5 @@ def test_multimodal_file_gives_its_text_part(prefix: tuple[str, str], tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
     model = jdet.load(str(tmp_path), dtype="float32", implementation="portable")
     assert model.config == tiny("tiny_gemma3").config
-    ours, theirs = model.decoder.layers[2].mlp.down, tiny("tiny_gemma3").decoder.layers[2].mlp.down
+    ours, theirs = (m.decoder.layers[2].attention.out for m in (model, tiny("tiny_gemma3")))
     assert (np.asarray(ours[...]) == np.asarray(theirs[...])).all()

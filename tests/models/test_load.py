@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 import jdet
 import jdet.models.load
+from jdet.io.checkpoint import open_checkpoint
 from jdet.models.checkpoint import check_tensors, entries
 from jdet.models.config import CONFIGS, DecoderConfig
 from jdet.models.load import check_memory
 from jdet.testing import small_config
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
+EXPERTS = small_config("qwen3_moe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,39 @@ def test_parameters_are_the_files_tensors() -> None:
     model = jdet.load(str(GOLDEN), dtype="float32", implementation="portable")
     tensors = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
     layer = model.decoder.layers[1]
+    assert layer.mlp is not None
     qkv = [tensors[f"model.layers.1.self_attn.{n}_proj.weight"] for n in "qkv"]
     assert (np.asarray(layer.attention.qkv[...]) == np.concatenate(qkv)).all()
     assert (np.asarray(layer.mlp.down[...]) == tensors["model.layers.1.mlp.down_proj.weight"]).all()
     assert (np.asarray(model.decoder.embedding[...]) == tensors["model.embed_tokens.weight"]).all()
+
+
+def test_experts_are_stacked_and_checked_one_by_one() -> None:
+    """Gate above up in each expert, experts in order, and only in the layers that have them."""
+    path = GOLDEN.with_name("tiny_qwen3_moe")
+    model = jdet.load(str(path), dtype="float32", implementation="portable")
+    assert [model.config.has_experts(i) for i in range(3)] == [True, False, True]
+    every_other = dataclasses.replace(model.config, mlp_only_layers=(), decoder_sparse_step=2)
+    assert [every_other.has_experts(i) for i in range(4)] == [False, True, False, True]
+    tensors = dict(open_checkpoint(path).tensors)
+    experts = model.decoder.layers[2].experts
+    assert experts is not None and model.decoder.layers[1].experts is None
+    for e in range(6):
+        name = f"model.layers.2.mlp.experts.{e}."
+        parts = [tensors[f"{name}{part}_proj.weight"].read(np.float32) for part in ("gate", "up")]
+        assert (np.asarray(experts.gate_up[...][e]) == np.concatenate(parts)).all()
+        down = tensors[f"{name}down_proj.weight"].read(np.float32)
+        assert (np.asarray(experts.down[...][e]) == down).all()
+    flat = dict(nnx.to_flat_state(nnx.state(model.decoder)))
+    fakes: dict[str, Any] = {name: FakeTensor(t.shape) for name, t in tensors.items()}
+    fakes["model.layers.0.mlp.experts.3.down_proj.weight"] = FakeTensor((24, 32))
+    del fakes["model.layers.2.mlp.experts.5.up_proj.weight"]
+    with pytest.raises(ValueError) as error:
+        check_tensors(model.config, fakes, lambda path: flat[path].shape, "file")
+    assert str(error.value).removeprefix("file does not fit its config: ").split("; ") == [
+        "missing model.layers.2.mlp.experts.5.up_proj.weight",
+        "model.layers.0.mlp.experts.3.down_proj.weight: (24, 32), expected (32, 24)",
+    ]
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -80,13 +112,17 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
         "Qwen3-8B": 8.19e9,
         "Qwen3-14B": 14.8e9,
         "Qwen3-32B": 32.8e9,
+        "Qwen3-30B-A3B": 30.5e9,
+        "Qwen3-235B-A22B": 235.1e9,
         "Gemma-3-270m": 268e6,
         "Gemma-3-1B": 1.0e9,
         "Gemma-3-4B": 3.88e9,  # without the vision tower
     }
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    layer = h * heads * d + h * config.num_attention_heads * d + 3 * h * f
+    if config.num_experts:
+        f = config.num_experts * config.moe_intermediate_size
+    layer = h * heads * d + h * config.num_attention_heads * d + 3 * h * f + h * config.num_experts
     embeddings = config.vocab_size * h * (1 if config.tie_word_embeddings else 2)
     count = config.num_hidden_layers * layer + embeddings
     assert abs(count / published[name] - 1) < 0.01
@@ -118,6 +154,10 @@ def test_published_shapes_have_a_complete_map(name: str) -> None:
             "linear_attention",
         ),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "'sliding_window'"),
+        ({"model_type": "qwen3_moe"}, "lacks 'num_experts'"),
+        ({**EXPERTS, "num_experts_per_tok": 9}, "num_experts_per_tok=9 of num_experts=8"),
+        ({**EXPERTS, "mlp_only_layers": [2]}, r"mlp_only_layers=\[2\]; allowed: 0 to 1"),
+        ({**EXPERTS, "hidden_act": "gelu_pytorch_tanh"}, "not supported of experts"),
         ({"model_type": "gemma3"}, "text_config"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
@@ -199,7 +239,7 @@ def test_config_and_weights_of_different_models(tmp_path: Path) -> None:
         ({"attention_bias": True}, ("missing model.layers.0.self_attn.q_proj.bias", "k_proj.bias")),
         ({"model_type": "llama"}, ("unexpected model.layers.0.self_attn.q_norm.weight",)),
         ({"tie_word_embeddings": True, "num_hidden_layers": 1}, ("unexpected model.layers.1",)),
-        ({"model_type": "gpt_bigcode"}, ("gpt_bigcode", "llama, mistral, qwen2, qwen3, gemma3")),
+        ({"model_type": "gpt_bigcode"}, ("gpt_bigcode", "llama, mistral, qwen2, qwen3, qwen3_moe")),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError) as error:

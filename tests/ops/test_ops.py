@@ -10,6 +10,7 @@ import pytest
 from jdet import pallas_kernels
 from jdet.contract import Contract
 from jdet.ops import Ops, checks, default_implementation
+from jdet.pallas_kernels.route import Routing
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -31,6 +32,45 @@ WRONG_GATED_MATMUL = {
     "other dtype": ((zeros(5, 8), zeros(6, 8, dtype=BFLOAT16)), "float32.*bfloat16"),
     "activation": ((zeros(5, 8), zeros(6, 8), "gelu"), "'gelu'; allowed: silu, gelu_tanh"),
 }
+SIZES = zeros(3, dtype=jnp.int32)
+WRONG_GROUPED_MATMUL = {
+    "other K": (
+        (zeros(5, 8), zeros(3, 2, 4), SIZES, 1),
+        r"x \(5, 8\) and w \(3, 2, 4\).*\[E, N, K\]",
+    ),
+    "one expert's weights": ((zeros(5, 8), zeros(3, 8), SIZES, 1), r"w \(3, 8\).*\[E, N, K\]"),
+    "other dtype": (
+        (zeros(5, 8), zeros(3, 2, 8, dtype=BFLOAT16), SIZES, 1),
+        "float32.*bfloat16",
+    ),
+    "sizes of others": (
+        (zeros(5, 8), zeros(4, 2, 8), SIZES, 1),
+        r"int32\(3,\); must be int32\(4,\)",
+    ),
+    "sizes as floats": (
+        (zeros(5, 8), zeros(3, 2, 8), zeros(3), 1),
+        r"float32\(3,\); must be int32",
+    ),
+    "leaves": ((zeros(5, 12), zeros(3, 2, 12), SIZES, 8), "K=12 .* 8 equal leaves"),
+}
+WRONG_GROUPED_GATED_MATMUL = {
+    "other K": ((zeros(5, 8), zeros(3, 2, 4), SIZES), r"x \(5, 8\).*\[E, 2 F, K\]"),
+    "no second half": ((zeros(5, 8), zeros(3, 3, 8), SIZES), r"w \(3, 3, 8\); must be \[E, 2 F"),
+}
+EVERY = zeros(5, dtype=bool)
+WRONG_ROUTE = {
+    "tokens": ((zeros(4, 8), EVERY, 2), r"logits \(4, 8\) and routed \(5,\)"),
+    "no experts": ((zeros(5, 8), EVERY, 0), "k=0 of 8 experts; allowed: 1 to 8"),
+    "too many": ((zeros(5, 8), EVERY, 9), "k=9 of 8 experts"),
+}
+ROUTING = Routing(
+    zeros(5, 2, dtype=jnp.int32),
+    zeros(5, 2),
+    zeros(10, dtype=jnp.int32),
+    zeros(5, 2, dtype=jnp.int32),
+    SIZES,
+)
+WRONG_EXPERT_SUM = {"rows": ((zeros(5, 8), ROUTING), r"y \(5, 8\); must be \[R=10, D\]")}
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
     "residual": ((zeros(5, 8), zeros(8), zeros(4, 8)), r"\(5, 8\).*residual \(4, 8\)"),
@@ -110,6 +150,10 @@ WRONG_SCORES = {
         for op, cases in {
             "matmul": WRONG_MATMUL,
             "gated_matmul": WRONG_GATED_MATMUL,
+            "grouped_matmul": WRONG_GROUPED_MATMUL,
+            "grouped_gated_matmul": WRONG_GROUPED_GATED_MATMUL,
+            "route": WRONG_ROUTE,
+            "expert_sum": WRONG_EXPERT_SUM,
             "rms_norm": WRONG_RMS_NORM,
             "rope": WRONG_ROPE,
             "qkv_heads": WRONG_QKV_HEADS,
@@ -134,12 +178,22 @@ def test_checks_let_pass_what_fits():
     checks.check_scores(1, 1, 50)
     checks.check_matmul(zeros(2, 5, 16), zeros(3, 16), zeros(3), 8)
     checks.check_gated_matmul(zeros(2, 5, 16), zeros(6, 16))
+    checks.check_grouped_matmul(zeros(5, 16), zeros(3, 2, 16), SIZES, 8)
+    checks.check_grouped_gated_matmul(zeros(5, 16), zeros(3, 2, 16), SIZES)
+    checks.check_route(zeros(5, 8), EVERY, 8)
+    checks.check_expert_sum(zeros(10, 8), ROUTING)
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
     checks.check_qkv_heads(*heads())
     checks.check_qkv_heads(*heads(**HEAD_PAGES, page_table=zeros(2, 4)))
     checks.check_attention(Q, KV, KV, AT, 16)
     checks.check_attention(Q, PAGED, PAGED, AT, 32, zeros(2, 3, dtype=jnp.int32))
+
+
+def test_rows_that_cannot_be_numbered_are_refused():
+    logits, routed = (jax.ShapeDtypeStruct((2**24, *more), jnp.float32) for more in ((128,), ()))
+    with pytest.raises(ValueError, match="16777216 tokens of 8 experts; at most"):
+        jax.eval_shape(lambda logits, routed: checks.check_route(logits, routed, 8), logits, routed)
 
 
 def test_ops_check_before_they_compute():
@@ -149,6 +203,14 @@ def test_ops_check_before_they_compute():
         ops.matmul(zeros(5, 12), zeros(3, 12), k_sharded=True)
     with pytest.raises(ValueError, match="^gated_matmul: "):
         ops.gated_matmul(zeros(5, 8), zeros(3, 8))
+    with pytest.raises(ValueError, match="^grouped_matmul: "):
+        ops.grouped_matmul(zeros(5, 12), zeros(3, 2, 12), SIZES, k_sharded=True)
+    with pytest.raises(ValueError, match="^grouped_gated_matmul: "):
+        ops.grouped_gated_matmul(zeros(5, 8), zeros(3, 3, 8), SIZES)
+    with pytest.raises(ValueError, match="^route: "):
+        ops.route(zeros(5, 8), EVERY, k=9, normalise=True)
+    with pytest.raises(ValueError, match="^expert_sum: "):
+        ops.expert_sum(zeros(5, 8), ROUTING)
     with pytest.raises(ValueError, match="^rms_norm: "):
         ops.rms_norm(zeros(5, 8), zeros(8), eps=1e-5, residual=zeros(5, 8, dtype=BFLOAT16))
     with pytest.raises(ValueError, match="^rope: "):
@@ -170,6 +232,9 @@ def test_contract_reaches_the_kernels():
     assert (eight.matmul(x, w) == plain).all()
     assert (one.matmul(x, w, k_sharded=True) == plain).all()
     assert (eight.matmul(x, w, k_sharded=True) != plain).any()
+    sizes = jnp.array([len(x)], jnp.int32)
+    assert (eight.grouped_matmul(x, w[None], sizes) == plain).all()
+    assert (eight.grouped_matmul(x, w[None], sizes, k_sharded=True) != plain).any()
     q, k, v = (jnp.asarray(rng.standard_normal(KV.shape), jnp.float32) for _ in range(3))
     q, at = q.transpose(0, 2, 1, 3), jnp.full((2, 32), 31, jnp.int32)
     coarse = Ops(contract=Contract(kv_split=32))

@@ -23,9 +23,11 @@ FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
 _STATIC = {
     "embed": ("scale",),
     "gated_matmul": ("activation",),
+    "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
     "qkv_heads": ("eps",),
     "rms_norm": ("eps",),
+    "route": ("k", "normalise"),
     "soft_cap": ("cap",),
     "attention": ("scale", "kv_split", "sliding_window", "soft_cap"),
 }

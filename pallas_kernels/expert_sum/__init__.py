@@ -1,0 +1,1 @@
+"""What a token's experts gave, weighted and added."""

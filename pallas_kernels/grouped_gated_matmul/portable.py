@@ -1,0 +1,13 @@
+"""Grouped gated matmul in jnp: its two parts, one after the other."""
+
+from jaxtyping import Array, Float, Int32
+
+from jdet.pallas_kernels.grouped_matmul.portable import grouped_matmul
+from jdet.pallas_kernels.silu_mul.portable import silu_mul
+
+
+def grouped_gated_matmul(
+    x: Float[Array, "R K"], w: Float[Array, "E two_f K"], sizes: Int32[Array, " E"]
+) -> Float[Array, "R f"]:
+    """See `reference.grouped_gated_matmul`."""
+    return silu_mul(grouped_matmul(x, w, sizes))

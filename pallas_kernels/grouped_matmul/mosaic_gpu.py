@@ -1,0 +1,167 @@
+"""Grouped matmul for Hopper in Pallas Mosaic GPU: `matmul`'s kernel over a plan of tiles.
+
+y[r, n] = sum over k of x[r, k] * w[e, n, k], e the group of row r, weights stored as checkpoints
+store them. bfloat16 or float16 operands.
+
+Tree: that of matmul/mosaic_gpu.py, by the same code: one accumulator of the tensor core a part of
+K, fed ascending, whatever tile a row stands in. So a row has the bits that `matmul` gives it with
+its expert's weights, measured by scripts/check_gpu_grouped.py.
+
+Schedules (`GroupedSchedule` in mosaic_gpu_schedules.py): groups are cut into tiles of at most
+`height` rows, whose first rows, counts and experts XLA computes from the sizes (`plan`, integers
+alone); the kernel's blocks walk as many (tile of rows, tile of N) as there are, N first, so that an
+expert's tiles run side by side and share x and w in L2. An expert without rows is never read. A
+tile may begin at any row: the copy engine takes any first row of x, and fetches rows of the next
+group too, whose results nobody stores. They must not be stored, for another block writes those
+rows: results leave in copies of 64, 32, ..., 1 rows, those that make up the count. Tiles after
+the last group store zeros, and read nothing.
+
+y has a multiple of a copy's columns (64 of 16 bits, or fewer), and is cut by XLA where N is none.
+
+Sources: as for `matmul`; the ladder of copies is that of JAX's Hopper ragged dot
+(jax/experimental/pallas/ops/gpu/ragged_dot_mgpu.py).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from jdet.pallas_kernels.grouped_matmul.mosaic_gpu_schedules import (
+    GroupedSchedule,
+    default_schedule,
+    schedules,
+)
+from jdet.pallas_kernels.matmul.mosaic_gpu import check_operands, check_result
+from jdet.pallas_kernels.matmul.mosaic_gpu_kernel import Gate, kernel
+
+__all__ = ["GroupedSchedule", "default_schedule", "grouped", "grouped_matmul", "schedules"]
+
+
+def _running(x: jax.Array) -> jax.Array:
+    """Sums of the first 1, 2, ... elements; of integers, and few."""
+    index = jnp.arange(x.shape[0])
+    return jnp.sum(jnp.where(index[None] <= index[:, None], x[None], 0), axis=1, dtype=jnp.int32)
+
+
+def plan(sizes: jax.Array, rows: int, height: int) -> jax.Array:
+    """The tiles of rows, int32 [T + 1, 3], T static and enough for any sizes.
+
+    Its first row is (tiles of groups, all tiles, 0); then (first row, rows, expert) of each tile,
+    in ascending order of rows. The rows after the last group are tiles too, of no expert.
+    """
+    experts = sizes.shape[0]
+    sizes = jnp.concatenate([sizes, (rows - jnp.sum(sizes, dtype=jnp.int32))[None]])
+    ends, tiles = _running(sizes), lax.div(sizes + (height - 1), jnp.int32(height))
+    tile_ends = _running(tiles)
+    at = jnp.arange(rows // height + min(rows, experts + 1), dtype=jnp.int32)
+    group = jnp.sum(tile_ends[None] <= at[:, None], axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, experts)
+    first = (ends - sizes)[group] + (at - (tile_ends - tiles)[group]) * height
+    count = jnp.minimum(ends[group] - first, height)
+    total = jnp.stack([tile_ends[-2], tile_ends[-1], jnp.int32(0)])
+    return jnp.concatenate([total[None], jnp.stack([first, count, group], axis=1)])
+
+
+@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))
+def _grouped(x, w, sizes, *, leaves, out_dtype, s, gate, interpret):
+    (rows, k), (experts, n, _) = x.shape, w.shape
+    tiles = plan(sizes, rows, s.height)
+    if gate is not None:
+        n //= 2
+        w = w.reshape(experts, 2, n, k)
+    if leaves > 1:
+        x = x.reshape(rows, leaves, k // leaves)
+        w = w.reshape(experts, n, leaves, k // leaves)
+    _, columns = s.tile.stage_tile(out_dtype.itemsize)
+    wide = pl.cdiv(n, columns) * columns  # a copy of results may not reach beyond y
+    most = (tiles.shape[0] - 1) * pl.cdiv(wide, s.tile.out_cols)
+    y = plgpu.kernel(
+        functools.partial(
+            kernel, s=s.tile, leaves=leaves, gate=gate, interpret=bool(interpret), height=s.height
+        ),
+        out_type=jax.ShapeDtypeStruct((rows, wide), out_dtype),
+        grid=(min(most, s.tile.resident),),
+        grid_names=("cluster",),
+        num_threads=s.tile.wgs + 1,
+        thread_name="wg",
+        kernel_name="jdet_grouped_matmul" if gate is None else "jdet_grouped_gated_matmul",
+        compiler_params=plgpu.CompilerParams(),
+        interpret=interpret or None,
+    )(x, w, tiles)
+    return y[:, :n] if wide > n else y
+
+
+def grouped(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    *,
+    leaves: int = 1,
+    out_dtype: DTypeLike | None = None,
+    gate: Gate | None = None,
+    schedule: GroupedSchedule | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`grouped_matmul`; with a gate, of w [E, 2 F, K], each expert's product is `matmul_gated`'s.
+
+    Raises:
+      ValueError: shapes or dtypes that do not go together.
+      NotImplementedError: this backend cannot compute them; the message says which part.
+    """
+    if w.ndim != 3 or sizes.shape != w.shape[:1]:
+        raise ValueError(f"w must be [E, N, K] and sizes [E], got {w.shape} and {sizes.shape}")
+    check_operands(x, w[0], leaves)
+    (rows, _), (experts, n, _) = x.shape, w.shape
+    if gate is not None and n % 2:
+        raise ValueError(f"w must be [E, 2 F, K], gate above up, got {w.shape}")
+    out = check_result(x, out_dtype)
+    if rows == 0 or n == 0:
+        return jnp.zeros((rows, n if gate is None else n // 2), out)
+    s = schedule or default_schedule(rows, experts, n, leaves, gated=gate is not None)
+    if s.tile.gated != (gate is not None):
+        raise ValueError(f"{s} is {'a' if s.tile.gated else 'no'} gated schedule")
+    if not s.tile.fits(leaves, out.itemsize):
+        raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
+    return _grouped(x, w, sizes, leaves=leaves, out_dtype=out, s=s, gate=gate, interpret=interpret)
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    *,
+    leaves: int = 1,
+    out_dtype: DTypeLike | None = None,
+    schedule: GroupedSchedule | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """y[R, N]: x[r] @ w[e]^T, e the group of row r; see the module for the tree.
+
+    Args:
+      x: [R, K], bfloat16 or float16.
+      w: [E, N, K], of x's dtype.
+      sizes: int32 [E], rows of each group; their sum must not exceed R. Rows after it are zeros.
+      leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
+      out_dtype: x's dtype unless given; a 16-bit float or float32.
+      schedule: how to walk the tree; by shape unless given. Never changes the result.
+      interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
+
+    Raises:
+      ValueError: shapes or dtypes that do not go together.
+      NotImplementedError: this backend cannot compute them; the message says which part.
+    """
+    return grouped(
+        x,
+        w,
+        sizes,
+        leaves=leaves,
+        out_dtype=out_dtype,
+        schedule=schedule,
+        interpret=interpret,
+    )

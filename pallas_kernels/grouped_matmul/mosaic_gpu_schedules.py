@@ -1,0 +1,93 @@
+"""Schedules of the Mosaic GPU grouped matmul: what may follow R, E and N, and no bit follows.
+
+A tile of `matmul`, `normal` and without clusters, and how many rows of one group it takes. Every
+pair that `schedules` lists is compared with every other, bit for bit, by
+scripts/check_gpu_grouped.py.
+"""
+
+import dataclasses
+
+from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import Schedule, deepest
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedSchedule:
+    """How one grouped matmul is walked.
+
+    Attributes:
+      tile: `matmul`'s schedule of a tile.
+      height: the most rows of x in a tile: a power of two from 8 to the tile's.
+    """
+
+    tile: Schedule
+    height: int
+
+    def __post_init__(self) -> None:
+        s, height = self.tile, self.height
+        if s.kind != "normal" or s.cm * s.cn > 1:
+            raise ValueError(f"grouped tiles are normal and stand alone: {s}")
+        if not 8 <= height <= s.bm or height & (height - 1):
+            raise ValueError(f"height={height}; allowed: powers of two from 8 to {s.bm}")
+
+    def __str__(self) -> str:
+        return f"{self.tile}-h{self.height}"
+
+
+_WIDTHS = (192, 128, 96, 64, 48, 32)
+_SMALL = {bn: deepest("normal", 64, bn, bk=128) for bn in _WIDTHS}
+# The cost of a tile in clock cycles for 64 elements of K, as in matmul's schedules.
+_LARGE = (
+    (deepest("normal", 128, 256, wgs=2), 1060),
+    (deepest("normal", 128, 192, wgs=2), 820),
+    (deepest("normal", 128, 128, wgs=2), 555),
+)
+_HEIGHTS = (8, 16, 32, 64)
+_RESIDENT = 132
+
+
+def _gated(s: Schedule, gated: bool) -> Schedule:
+    return dataclasses.replace(s, gated=gated)
+
+
+def schedules(leaves: int = 1, out_size: int = 4, gated: bool = False) -> list[GroupedSchedule]:
+    """Every registered schedule that has room for `leaves` and results of `out_size` bytes."""
+    pairs = [(s, height) for s in _SMALL.values() for height in _HEIGHTS]
+    pairs += [(s, height) for s, _ in _LARGE for height in (64, 128)]
+    return [
+        GroupedSchedule(_gated(s, gated), height)
+        for s, height in pairs
+        if s.fits(leaves, out_size) and (s.can_gate or not gated)
+    ]
+
+
+def default_schedule(
+    rows: int, experts: int, n: int, leaves: int = 1, gated: bool = False
+) -> GroupedSchedule:
+    """The schedule for R rows over E experts, n rows of w each. Speed only.
+
+    Up to 64 rows in a group of average size, tiles are 64 rows high and of them as many are read
+    as twice the average; a tile costs the rows of w and x that it streams, the first of equals
+    being the widest. Above, what the tensor cores take.
+
+    Raises:
+      NotImplementedError: no schedule has registers for so many leaves.
+    """
+    touched = min(rows, experts)
+    average = -(-rows // touched)
+    if average <= 64:
+        height = next((h for h in _HEIGHTS if h >= 2 * average), 64) if average > 1 else 8
+        candidates = [(s, s.bn + height) for s in _SMALL.values()]
+    else:
+        height, candidates = 128, list(_LARGE)
+    costs = {}
+    for s, of_tile in candidates:
+        if s.fits(leaves) and (s.can_gate or not gated):
+            s = _gated(s, gated)
+            tiles = touched * -(-average // height) * -(-n // s.bn)
+            costs[GroupedSchedule(s, height)] = -(-tiles // _RESIDENT) * of_tile
+    if not costs:
+        for choice in schedules(leaves, gated=gated):
+            costs[choice] = abs(choice.height - height)
+    if not costs:
+        raise NotImplementedError(f"mosaic_gpu grouped_matmul has no registers for {leaves} leaves")
+    return min(costs, key=costs.__getitem__)

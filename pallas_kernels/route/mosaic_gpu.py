@@ -1,0 +1,10 @@
+"""Routing by mosaic_gpu: XLA may compile `portable`.
+
+Its sums of floats are additions written out, its exponential is made of additions and products,
+which XLA emits as `add.rn` and `mul.rn` (tests/gpu_compile); the rest is maxima, comparisons and
+integers, exact in any order.
+"""
+
+from jdet.pallas_kernels.route.portable import route
+
+__all__ = ["route"]

@@ -1,0 +1,182 @@
+"""The grouped Mosaic GPU matmuls in Pallas' simulator of a GPU: which rows meet which weights.
+
+The bits of the real tensor core are compared on a GPU by scripts/check_gpu_grouped.py; here the
+plan, the copies, tails and masks are run on a CPU. In the simulator a row has, rounded to
+bfloat16, the bits that the simulated `matmul` gives it by the same tile.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jdet.pallas_kernels.gated_matmul import mosaic_gpu as gated
+from jdet.pallas_kernels.grouped_gated_matmul.mosaic_gpu import grouped_gated_matmul
+from jdet.pallas_kernels.grouped_matmul import mosaic_gpu
+from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import GroupedSchedule, default_schedule, plan
+from jdet.pallas_kernels.matmul import mosaic_gpu as dense
+from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule
+
+simulator = plgpu.InterpretGPUParams()
+simulated = functools.partial(mosaic_gpu.grouped_matmul, interpret=simulator)
+
+EXPERTS, ROWS, N, K = 4, 29, 40, 72  # tails of 8 in K and in N
+TILE = Schedule("normal", 64, 32, stages=3)
+TALL = Schedule("normal", 128, 32, stages=2, wgs=2)
+GROUPS = {
+    "a tail, one empty": (9, 0, 11, 4),
+    "all to one": (0, 29, 0, 0),
+    "none": (0, 0, 0, 0),
+}
+groups = pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+
+
+@pytest.fixture(scope="module")
+def operands(normal):
+    """x and every expert's weights, bfloat16."""
+    x, w = normal(0, (ROWS, K), jnp.bfloat16), normal(1, (EXPERTS, N, K), jnp.bfloat16)
+    return jnp.asarray(x), jnp.asarray(w)
+
+
+def sizes_of(sizes):
+    return jnp.array(sizes, jnp.int32)
+
+
+def pick(every, sizes):
+    """The row of each of ROWS from [E, ROWS, N], zeros after the last group."""
+    experts = np.repeat(np.arange(EXPERTS), sizes)
+    y = np.zeros_like(every[0])
+    y[: len(experts)] = every[experts, np.arange(len(experts))]
+    return y
+
+
+@pytest.fixture(scope="module")
+def products(operands):
+    """[E, ROWS, N]: the simulated matmul with each expert."""
+    x, w = operands
+    one = functools.partial(dense.matmul, schedule=TILE, interpret=simulator)
+    return np.stack([np.asarray(one(x, w[e])) for e in range(EXPERTS)])
+
+
+@groups
+def test_row_has_the_bits_of_its_product_alone(operands, products, assert_same_bits, sizes):
+    """Tiles of 8 rows: groups of one tile, of more, and begun at any row."""
+    x, w = operands
+    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TILE, 8))
+    assert_same_bits(y, pick(products, sizes))
+
+
+@pytest.mark.parametrize(("tile", "height"), [(TILE, 32), (TALL, 128)], ids=["32", "two consumers"])
+def test_height_is_schedule(operands, products, assert_same_bits, tile, height):
+    sizes = GROUPS["a tail, one empty"]
+    x, w = operands
+    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(tile, height))
+    assert_same_bits(y, pick(products, sizes))
+
+
+def test_leaves_and_float32_results(operands):
+    """The simulator's own dots follow a row's place in float32, so these are compared by value."""
+    x, w = operands
+    x, w, sizes = x[:, :64], w[..., :64], (12, 0, 3, 14)
+    options = {"leaves": 2, "out_dtype": jnp.float32}
+    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TILE, 16), **options)
+    every = np.einsum("rk,enk->ern", np.asarray(x, np.float64), np.asarray(w, np.float64))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, pick(every, sizes), atol=1e-4)
+
+
+def test_gated(operands, assert_same_bits):
+    x, w = operands
+    tile, sizes = Schedule("normal", 64, 64, stages=3, gated=True), GROUPS["a tail, one empty"]
+    schedule = GroupedSchedule(tile, 16)
+    y = grouped_gated_matmul(x, w, sizes_of(sizes), schedule=schedule, interpret=simulator)
+    one = functools.partial(gated.gated_matmul, schedule=tile, interpret=simulator)
+    every = np.stack([np.asarray(one(x, w[e])) for e in range(EXPERTS)])
+    assert_same_bits(y, pick(every, sizes))
+
+
+def test_nan_keeps_to_its_row(operands, products, assert_same_bits):
+    """In the same tile, in rows of no group, in experts nobody was routed to."""
+    x, w = operands
+    sizes, ruined = GROUPS["a tail, one empty"], np.array([0, 8, 12, *range(24, ROWS)])
+    y = simulated(
+        x.at[ruined].set(jnp.nan),
+        w.at[1].set(jnp.nan),
+        sizes_of(sizes),
+        schedule=GroupedSchedule(TILE, 8),
+    )
+    want = pick(products, sizes)
+    want[ruined[:3]] = np.nan
+    assert np.isnan(np.asarray(y, np.float32)[ruined[:3]]).all()
+    keep = np.setdiff1d(np.arange(ROWS), ruined[:3])
+    assert_same_bits(np.asarray(y)[keep], want[keep])
+
+
+@pytest.mark.parametrize("height", [8, 64])
+@pytest.mark.parametrize("rows", [1, 7, 64, 200])
+def test_plan_covers_each_row_once(rows, height):
+    rng = np.random.default_rng(rows)
+    cases = [rng.multinomial(n, np.ones(5) / 5) for n in (0, rows // 2, rows)]
+    for sizes in (*cases, np.array([0, 0, rows, 0, 0])):
+        (real, every, _), *tiles = np.asarray(plan(sizes_of(sizes), rows, height)).tolist()
+        assert real <= every <= len(tiles)
+        owner = np.full(rows, -1)
+        for at, (first, count, expert) in enumerate(tiles[:every]):
+            assert 0 < count <= height and (owner[first : first + count] == -1).all()
+            assert (expert < 5) == (at < real)
+            owner[first : first + count] = expert
+        want = np.concatenate([np.repeat(np.arange(5), sizes), np.full(rows - sizes.sum(), 5)])
+        np.testing.assert_array_equal(owner, want)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_default_is_registered_and_has_room(gated):
+    for rows in (1, 8, 64, 512, 2048, 8192, 65536):
+        for experts, n in ((8, 768), (128, 1536), (128, 2048), (128, 3072)):
+            for leaves in (1,) if gated else (1, 8):
+                s = default_schedule(rows, experts, n, leaves, gated)
+                assert s in mosaic_gpu.schedules(leaves, 2, gated) and s.tile.gated == gated
+
+
+def test_nothing_to_do():
+    y = mosaic_gpu.grouped_matmul(
+        jnp.zeros((0, 64), jnp.bfloat16), jnp.ones((2, 8, 64), jnp.bfloat16), sizes_of((0, 0))
+    )
+    assert y.shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("tile", "height", "message"),
+    [
+        (Schedule("swapped", 16, 64, stages=3), 16, "normal and stand alone"),
+        (Schedule("normal", 64, 64, stages=2, cn=2), 16, "normal and stand alone"),
+        (TILE, 4, "powers of two from 8 to 64"),
+        (TILE, 24, "powers of two"),
+        (TILE, 128, "powers of two"),
+    ],
+)
+def test_impossible_schedules_are_refused(tile, height, message):
+    with pytest.raises(ValueError, match=message):
+        GroupedSchedule(tile, height)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "sizes", "options", "error", "message"),
+    [
+        ((2, 64), (3, 8, 72), 3, {}, ValueError, "share K"),
+        ((2, 64), (8, 64), 8, {}, ValueError, r"\[E, N, K\]"),
+        ((2, 64), (3, 8, 64), 2, {}, ValueError, r"sizes \[E\]"),
+        ((2, 60), (3, 8, 60), 3, {}, NotImplementedError, "multiples of 8"),
+        ((2, 64), (3, 8, 64), 3, {"out_dtype": jnp.int8}, NotImplementedError, "cannot write"),
+    ],
+)
+def test_what_it_cannot_do_is_said(x, w, sizes, options, error, message):
+    x, w = jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16)
+    with pytest.raises(error, match=message):
+        mosaic_gpu.grouped_matmul(x, w, jnp.zeros(sizes, jnp.int32), **options)
+    plain = GroupedSchedule(TILE, 8)
+    with pytest.raises(ValueError, match="no gated schedule"):
+        half, sizes = jnp.ones((2, 64), jnp.bfloat16), jnp.zeros(3, jnp.int32)
+        grouped_gated_matmul(half, jnp.ones((3, 8, 64), jnp.bfloat16), sizes, schedule=plain)
