@@ -89,7 +89,7 @@ def test_layer_against_float64(implementation: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [*(("bfloat16", n) for n in (1, 2, 31, 32, 33)), *(("float32", n) for n in (1, 33))],
+    [*(("bfloat16", n) for n in (1, 32, 33)), ("float32", 31)],
 )
 def test_token_does_not_follow_the_batch(dtype: str, size: int) -> None:
     """Of both kinds, at other rows than among 65, and among padding that holds NaN."""

@@ -95,7 +95,7 @@ def test_a_row_has_the_bits_of_its_product_alone(
         assert_same_bits(y, every[experts_of(sizes), np.arange(ROWS)], label)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33])
+@pytest.mark.parametrize("rows", [1, 32, 33])
 def test_row_does_not_follow_the_batch(
     op, invariant, dtype, rows, operands, by_expert, assert_same_bits
 ):
@@ -108,7 +108,7 @@ def test_row_does_not_follow_the_batch(
         assert_same_bits(y, every[experts_of(sizes)[:rows], np.arange(rows)], f"R={rows}")
 
 
-@pytest.mark.parametrize("tile", [4, 16, 64])
+@pytest.mark.parametrize("tile", [4, 64])
 def test_height_of_a_tile_is_schedule(dtype, tile, operands, by_expert, assert_same_bits):
     """Also what a backend other than CPU runs, 64 rows a tile."""
     x, w = operands(dtype)

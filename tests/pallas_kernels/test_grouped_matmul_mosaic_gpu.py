@@ -28,7 +28,6 @@ TALL = Schedule("normal", 128, 32, stages=2, wgs=2)
 GROUPS = {
     "a tail, one empty": (9, 0, 11, 4),
     "all to one": (0, 29, 0, 0),
-    "none": (0, 0, 0, 0),
 }
 groups = pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 
@@ -68,12 +67,12 @@ def test_row_has_the_bits_of_its_product_alone(operands, products, assert_same_b
     assert_same_bits(y, pick(products, sizes))
 
 
-@pytest.mark.parametrize(("tile", "height"), [(TILE, 32), (TALL, 128)], ids=["32", "two consumers"])
-def test_height_is_schedule(operands, products, assert_same_bits, tile, height):
-    sizes = GROUPS["a tail, one empty"]
+def test_height_and_consumers_are_schedule(operands, products, assert_same_bits):
+    """Also of no group at all: every row is zeros."""
     x, w = operands
-    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(tile, height))
-    assert_same_bits(y, pick(products, sizes))
+    for sizes in (GROUPS["a tail, one empty"], (0, 0, 0, 0)):
+        y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TALL, 128))
+        assert_same_bits(y, pick(products, sizes))
 
 
 def test_leaves_and_float32_results(operands):
