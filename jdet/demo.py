@@ -22,7 +22,6 @@ from tqdm import tqdm
 from jdet.compiler import jit
 from jdet.decoding import generate_tokens
 from jdet.models.load import LanguageModel
-from jdet.ops import default_implementation
 from jdet.sampling import SamplingArrays, SamplingParams, sampling_arrays
 
 # Batches up to this size are cheap and run twice, with other neighbours.
@@ -153,7 +152,7 @@ def run_experiment(
     )
     if sum(len(b.request_rows) for b in batches) < 2:
         raise ValueError(f"batches={list(sizes)} give one completion; at least two can differ")
-    modes = {"xla": "xla", "jdet": default_implementation(dtype=model.decoder.dtype)}
+    modes = {"xla": "xla", "jdet": model.ops.implementation}
     shapes = dict.fromkeys(b.shape for b in batches)
     rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {mode: [] for mode in modes}
     compiled, compile_seconds = {}, {}

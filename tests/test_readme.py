@@ -3,8 +3,11 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
+
+from jdet.certify import assert_batch_invariant
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -12,10 +15,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    namespace: dict[str, object] = {}
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    namespace["test_layer"](assert_batch_invariant)
 
 
 def test_make_targets_exist() -> None:

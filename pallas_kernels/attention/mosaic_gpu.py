@@ -57,8 +57,8 @@ A window and a cap add 13 (spread) and 78 (walked by 2). At head_dim 256 it is a
 and 310 (walked), and 200 more in the producer for pages of 16.
 
 On an H100: bits in scripts/bench/results/h100-check-attention.json; those of windows, caps and
-head_dim 256 on an H200 (h200-check-attention-options.json). Times are of the one before
-(h100-attention-2.json): this one finds its shares itself and folds in more blocks.
+head_dim 256 on an H200 (h200-check-attention-options.json). Times on an H200, without these
+options: h200-attention.json.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No

@@ -77,7 +77,7 @@ def serve(engine: Engine, load: Load, floor_bytes: int, copy: float | None) -> d
     }
     if copy is not None and len(full) > 2:
         times = np.diff([at for at, _ in full])
-        c = engine.model.config
+        c = engine.model.decoder.config
         entry = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
         floor = np.mean([floor_bytes + entry * known for _, known in full]) / copy
         row["full_step_ms"] = round(float(np.mean(times)) * 1e3, 3)

@@ -42,6 +42,7 @@ def _installer(monkeypatch, content: bytes | None = CONTENT, returncode=0):
         return subprocess.CompletedProcess(command, returncode)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     return commands
 
 

@@ -27,11 +27,15 @@ def operands(normal):
 
 
 def assert_right(y, x, w, bias=None):
-    """Against float64: error of one float32 sum of K terms, and of one rounding."""
+    """Against float64: error of one float32 sum of K terms, and of one rounding.
+
+    Added one by one, as some CPUs do, the worst of 10^4 sums is 1.2 sqrt(K) ulp of its typical
+    size away.
+    """
     x64, w64 = (np.asarray(a).astype(np.float64) for a in (x, w))
     want = x64 @ w64.T + (0 if bias is None else np.asarray(bias).astype(np.float64))
     typical = np.sqrt(x64**2 @ (w64**2).T) + 1
-    tolerance = np.sqrt(x.shape[1]) * np.finfo(np.float32).eps * typical
+    tolerance = 2 * np.sqrt(x.shape[1]) * np.finfo(np.float32).eps * typical
     tolerance += float(jnp.finfo(y.dtype).eps) * abs(want)
     error = abs(np.asarray(y).astype(np.float64) - want)
     assert (error <= tolerance).all(), (error / tolerance).max()
