@@ -2,7 +2,8 @@
 
 Tree: both products are `grouped_matmul`'s of mosaic_gpu with one leaf, rounded to the operands'
 dtype; the gate is `silu_mul` of gated_matmul/mosaic_gpu.py, one fixed sequence of instructions.
-So a row has the bits that `gated_matmul` gives it with its expert's weights.
+So a row should have the bits that `gated_matmul` gives it with its expert's weights; no card has
+run this kernel yet.
 """
 
 from typing import Any
