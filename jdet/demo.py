@@ -131,14 +131,14 @@ def run_experiment(
     seed: int = 0,
     progress: bool = False,
 ) -> Experiment:
-    """Complete `prompt` greedily in every batch, on plain XLA and on the invariant default.
+    """Complete `prompt` greedily in every batch, on plain XLA and on the model's own ops.
 
     Both modes run the same batches, in turn, so that a busy machine is busy for both. End
     tokens are ignored: every row has `tokens` tokens, and speeds compare.
 
     Raises:
       ValueError: a prompt that with `tokens` is over the context length; fewer than two
-        completions.
+        completions; a model on plain XLA.
     """
     config = model.config
     longest = config.max_position_embeddings - tokens
@@ -152,6 +152,8 @@ def run_experiment(
     )
     if sum(len(b.request_rows) for b in batches) < 2:
         raise ValueError(f"batches={list(sizes)} give one completion; at least two can differ")
+    if model.ops.implementation == "xla":
+        raise ValueError("the model runs on plain XLA; load it with an invariant implementation")
     modes = {"xla": "xla", "jdet": model.ops.implementation}
     shapes = dict.fromkeys(b.shape for b in batches)
     rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {mode: [] for mode in modes}

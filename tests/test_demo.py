@@ -18,7 +18,7 @@ from jdet.cli import main
 from jdet.io.tokenizer import Tokenizer
 from jdet.models.config import DecoderConfig
 from jdet.models.load import LanguageModel
-from jdet.testing import small_config
+from jdet.testing import small_config, tiny_config
 
 PROMPT = "tell me about richard feynman"
 SIZES, TOKENS = [1, 2, 8], 8
@@ -202,6 +202,12 @@ def test_figures_of_known_completions():
         "max_logprob_diff": 0.5,
         "tokens_per_second": 3.0,
     }
+
+
+def test_a_model_on_plain_xla_is_refused():
+    model = jdet.random_model(DecoderConfig.from_hf(tiny_config()), implementation="xla")
+    with pytest.raises(ValueError, match="plain XLA"):
+        demo.run_experiment(model, [1, 2], tokens=2, sizes=(1, 2))
 
 
 def test_log_probs_that_are_no_numbers_are_no_success():

@@ -81,7 +81,7 @@ class Device:
 
         It runs steps of padding alone.
         """
-        most = _EVERYTHING if sampling is None else _asks_of([(p, 0) for p in sampling])
+        most = _VARIANTS[-1] if sampling is None else _asks_of([(p, 0) for p in sampling])
         variants = [
             asks for asks in _VARIANTS if not any(a > m for a, m in zip(asks, most, strict=True))
         ]
@@ -115,7 +115,7 @@ class Device:
     def _choose(self, ends: jax.Array, emits: Emits, asks: Asks) -> Chosen:
         sampling = SamplingArrays(**self._on_device)
         self._last_token, chosen = self._programs.choose(
-            *self._decoder, self._last_token, ends, sampling, emits, asks=asks, top=asks.adjustment
+            *self._decoder, self._last_token, ends, sampling, emits, asks=asks
         )
         return chosen
 
@@ -196,7 +196,6 @@ _VARIANTS = [
     for noise, truncation in ((False, False), (True, False), (True, True))
     for adjustment in (False, True)
 ]
-_EVERYTHING = Asks(True, True, True)
 
 
 def _asks_of(rows: Sequence[tuple[SamplingParams, int]]) -> Asks:

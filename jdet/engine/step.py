@@ -62,7 +62,7 @@ class TopTokens(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The next token of each row of `Emits`; `top` only where some row asks for it."""
+    """The next token of each row of `Emits`; `top` only where `asks.adjustment` counts some row."""
 
     token: Int32[Array, " E"]
     logprob: Float32[Array, " E"]
@@ -125,13 +125,12 @@ def choose(
     emits: Emits,
     *,
     asks: Asks,
-    top: bool,
     ops: Ops,
 ) -> tuple[Int32[Array, " slots"], Chosen]:
     """The next tokens, also put into their slots; `sampling` has a row for each slot."""
     own = jax.tree.map(lambda x: x[emits.slot], sampling)
     found = next_token(decoder, ends[emits.row], own, jnp.asarray(emits.count), ops=ops, asks=asks)
-    best = _top(found.logits, found.normalizer) if top else None
+    best = _top(found.logits, found.normalizer) if asks.adjustment else None
     chosen = Chosen(found.token, found.logprob, best)
     return last_token.at[emits.slot].set(found.token), chosen
 
@@ -173,7 +172,7 @@ class Programs:
         self.compiles = 0
         self._ops = ops
         self.read = self._jit(read, donate_argnums=2, static_argnames=("height",))
-        self.choose = self._jit(choose, donate_argnums=2, static_argnames=("asks", "top"))
+        self.choose = self._jit(choose, donate_argnums=2, static_argnames=("asks",))
         self.report = self._jit(report)
 
     def _jit(self, function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
