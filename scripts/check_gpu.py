@@ -15,7 +15,8 @@ Section matmul, on fixed inputs (normal, from a seed):
 Section gated_matmul does the same, w being gate and up. Its reference is made of two kernels:
 the matmul under its reference schedule, and the gate's instructions on what that returns. And:
 
-- formula: the gate alone, in float32, against float64: relative error at most 5 * 2**-23.
+- formula: the gate alone, in float32, against float64: relative error at most 5 * 2**-23. Of
+  GELU, whose argument is a cube with an error of its own, the error over |g|.
 
 It reports every mismatch and exits with 1 if there is one. Work is spread over processes,
 because the time goes to compiling one program per M. `sha256` in the JSON hashes the results on
@@ -44,6 +45,10 @@ TAIL = (1000, 1032)  # K tail of 8 without leaves
 GATED_TAIL = (2000, 1032)  # half of N no multiple of a tile either
 GATED_M = (1, 7, 8, 9, 17, 63, 64, 65, 129, 257, 1000, TOP)
 SMOLLM2 = ((576, 576), (960, 576), (1536, 576), (576, 1536), (3072, 576), (49152, 576))
+GATED_REAL = {
+    "silu": ((3072, 576), (6144, 1024), (24576, 4096)),
+    "gelu_tanh": ((4096, 640), (20480, 2560)),
+}
 QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
 _CACHE = {}
 
@@ -80,25 +85,35 @@ def _op(job, schedule):
     from jdet.pallas_kernels.matmul import mosaic_gpu
 
     if job["op"] == "gated_matmul":
-        return lambda x, w, b: gated.gated_matmul(x, w, schedule=schedule)
+        fixed = {"activation": job["activation"], "schedule": schedule}
+        return lambda x, w, b: gated.gated_matmul(x, w, **fixed)
     fixed = {"leaves": job["leaves"], "out_dtype": job["out"], "schedule": schedule}
     return lambda x, w, b: mosaic_gpu.matmul(x, w, bias=b, **fixed)
 
 
-def _gate(g, u):
+def _exact_gate(activation, g):
+    """What multiplies u, in float64."""
+    import numpy as np
+
+    if activation == "silu":
+        return g / (1 + np.exp(-g))
+    return g / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+
+
+def _gate(activation, g, u):
     """The gate of gated_matmul by itself: its instructions in a kernel of their own."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jdet.pallas_kernels.gated_matmul.mosaic_gpu import silu_mul
+    from jdet.pallas_kernels.gated_matmul.mosaic_gpu import GATES
 
     layout = plgpu.Layout.WG_STRIDED((4096,), 2)
 
     def kernel(g_g, u_g, y_g):
         at = jax.lax.axis_index("tile")
         g, u = (plgpu.load(v.at[at], layout=layout, optimized=False) for v in (g_g, u_g))
-        y_g[at] = silu_mul(g, u, layout, False)
+        y_g[at] = GATES[activation](g, u, layout, False)
 
     tiles = [jnp.pad(v.reshape(-1), (0, -v.size % 4096)).reshape(-1, 4096) for v in (g, u)]
     call = plgpu.kernel(
@@ -120,12 +135,13 @@ def _reference(job):
 
     n, k, dtype = job["n"], job["k"], job["dtype"]
     x, w, b = _inputs(n, k, dtype)
-    key = ("reference", *(job[name] for name in ("op", "n", "k", "dtype", "leaves", "out", "bias")))
+    names = ("op", "n", "k", "dtype", "leaves", "out", "bias", "activation")
+    key = ("reference", *(job[name] for name in names))
     if key not in _CACHE:
         first = mosaic_gpu.schedules(TOP, n, k, dtype, job["leaves"])[0]
         y = _op({**job, "op": "matmul"}, first)(x, w, b if job["bias"] else None)
         if job["op"] == "gated_matmul":
-            y = jax.jit(lambda y: _gate(*jnp.split(y, 2, axis=1)))(y)
+            y = jax.jit(lambda y: _gate(job["activation"], *jnp.split(y, 2, axis=1)))(y)
         digest = hashlib.sha256(np.asarray(jax.jit(_bits)(y)).tobytes()).hexdigest()
         _CACHE[key] = (y, digest)
     return _CACHE[key]
@@ -174,7 +190,7 @@ def run_oracle(job):
     want = x @ w.T + (b if job["bias"] else 0)
     if job["op"] == "gated_matmul":
         gate, up = np.split(want, 2, axis=1)
-        want = gate / (1 + np.exp(-gate)) * up
+        want = _exact_gate(job["activation"], gate) * up
     error = float(np.linalg.norm(y - want) / np.linalg.norm(want))
     bound = {"float32": 1e-5, "float16": 1e-3}.get(job["out"], 5e-3)
     wrong = [] if error < bound else [[64, 64, f"relative error {error:.2e} over {bound:.0e}"]]
@@ -182,19 +198,21 @@ def run_oracle(job):
 
 
 def run_formula(job):
-    """The largest relative error of the gate in 2**-23: bfloat16 gates, and random ones."""
+    """The gate's largest error in 2**-23 over bfloat16 gates, and random ones."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    start = time.perf_counter()
+    start, activation = time.perf_counter(), job["activation"]
     patterns = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     gates = np.concatenate([patterns, np.random.default_rng(0).uniform(-87, 87, 1 << 22)])
     gates = gates[(abs(gates) > 1e-37) & (gates > -87) & (gates < 1e38)].astype(np.float32)
-    y = np.asarray(jax.jit(_gate)(jnp.asarray(gates), jnp.ones(gates.shape, jnp.float32)))
-    exact = gates.astype(np.float64)
-    exact = exact / (1 + np.exp(-exact))
-    error = abs(y / exact - 1) * 2**23
+    gate = jax.jit(functools.partial(_gate, activation))
+    y = np.asarray(gate(jnp.asarray(gates), jnp.ones(gates.shape, jnp.float32)))
+    wide = gates.astype(np.float64)
+    with np.errstate(over="ignore"):  # of the cube: its exponential is 0 or infinity
+        exact = _exact_gate(activation, wide)
+    error = abs(y - exact) / abs(exact if activation == "silu" else wide) * 2**23
     worst = int(error.argmax())
     wrong = [] if error[worst] <= 5 else [[0, 0, f"{error[worst]:.2f} * 2**-23 at {gates[worst]}"]]
     return {
@@ -217,7 +235,10 @@ def run_control(job):
 
     start = time.perf_counter()
     x, w, _ = _inputs(job["n"], job["k"], job["dtype"])
-    f, groups = jax.jit(implementation_of(job["op"], "xla")), {}
+    f = implementation_of(job["op"], "xla")
+    if job["op"] == "gated_matmul":
+        f = functools.partial(f, activation=job["activation"])
+    f, groups = jax.jit(f), {}
     for m in job["ms"]:
         y = f(x[:m], w)
         groups.setdefault(np.asarray(y[0]).tobytes(), []).append(m)
@@ -253,6 +274,7 @@ def _job(op, check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=Fal
         "dtype": dtype,
         "out": out,
         "bias": bias,
+        "activation": "silu",  # of gated_matmul
         **rest,
     }
 
@@ -290,11 +312,11 @@ def matmul_jobs(quick):
     return _longest_first(jobs)
 
 
-def gated_matmul_jobs(quick):
+def gated_matmul_jobs(quick, activation="silu"):
     """Every case of the section; N counts the rows of w, gate and up."""
     from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
 
-    job = functools.partial(_job, "gated_matmul")
+    job = functools.partial(_job, "gated_matmul", activation=activation)
     jobs = [job("formula", (0, 0), ()), job("oracle", GATED_TAIL, ())]
     for s in schedules(TOP, *GATED_TAIL, "bfloat16", out_size=2, gated=True):
         jobs.append(job("schedules", GATED_TAIL, SOME_M if quick else GATED_M, schedule=s))
@@ -304,13 +326,17 @@ def gated_matmul_jobs(quick):
         jobs.append(job("oracle", GATED_TAIL, (), dtype="float16", out="float16"))
         jobs.append(job("default", GATED_TAIL, SOME_M, dtype="float16", out="float16"))
         jobs.append(job("default", (1994, 1032), SOME_M))
-        for nk in ((3072, 576), (6144, 1024), (24576, 4096)):
+        for nk in GATED_REAL[activation]:
             jobs.append(job("default", nk, REAL_M))
     jobs.append(job("control", (8192, 4096), SOME_M))
     return _longest_first(jobs)
 
 
-SECTIONS = {"matmul": matmul_jobs, "gated_matmul": gated_matmul_jobs}
+SECTIONS = {
+    "matmul": matmul_jobs,
+    "gated_matmul": gated_matmul_jobs,
+    "gated_matmul_gelu": functools.partial(gated_matmul_jobs, activation="gelu_tanh"),
+}
 
 
 def main():
@@ -339,30 +365,31 @@ def main():
     hashes, failures, counts = {}, [], {}
     for r in rows:
         shape = f"N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
-        label = f"{r['op']} {r['check']} {shape}"
-        count = counts.setdefault((r["op"], r["check"]), [0, 0, 0])
+        op = r["op"] if r["activation"] == "silu" else f"{r['op']} {r['activation']}"
+        label = f"{op} {r['check']} {shape}"
+        count = counts.setdefault((op, r["check"]), [0, 0, 0])
         count[0] += 1
         count[1] += r["calls"]
         count[2] += bool(r["wrong"])
         failures += [[label, r.get("schedule", ""), *w] for w in r["wrong"]]
         if "sha256" in r:
-            name = f"{r['op']} {shape} bias={r['bias']}"
+            name = f"{op} {shape} bias={r['bias']}"
             if hashes.setdefault(name, r["sha256"]) != r["sha256"]:
                 failures.append([name, "", TOP, TOP, "two processes hash differently"])
         if r["check"] == "oracle":
             print(f"{label}: relative error {r['error']:.2e}")
         if r["check"] == "formula":
             worst = {name: round(r[name], 2) for name in ("negative", "positive", "at")}
-            print(f"{r['op']} formula: largest relative error in 2**-23 {worst}")
+            print(f"{op} formula: largest relative error in 2**-23 {worst}")
         if r["check"] == "control":
             print(f"{label}: plain XLA {len(r['patterns'])} patterns {r['patterns']}")
     if len(rows) < len(jobs):
         failures.append(
             ["all", "", 0, 0, f"{len(jobs) - len(rows)} of {len(jobs)} jobs not finished"]
         )
-    print(f"{'check':24} {'cases':>6} {'shapes':>7} {'wrong':>6}")
+    print(f"{'check':32} {'cases':>6} {'shapes':>7} {'wrong':>6}")
     for (op, check), (cases, calls, bad) in sorted(counts.items()):
-        print(f"{op + ' ' + check:24} {cases:6} {calls:7} {bad:6}")
+        print(f"{op + ' ' + check:32} {cases:6} {calls:7} {bad:6}")
     for f in failures[:60]:
         print("FAIL", *f)
     print(f"{len(failures)} failures, {env['device']}, jax {env['versions']['jax']}")

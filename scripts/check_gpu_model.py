@@ -1,12 +1,13 @@
 """Whole models on one NVIDIA GPU: a request's bits alone against its bits in batches.
 
     python scripts/check_gpu_model.py [--implementation mosaic_gpu] [--json FILE]
-        [--batches 5,33,256] [--only SmolLM2 Qwen3-8B] [--model PATH]
+        [--batches 5,33,256] [--only SmolLM2 Qwen3-8B ...] [--model PATH]
 
-Models: one of Qwen3-8B's widths (3 layers), one of SmolLM2's, random weights; with --model, real
-weights too. Requests of 1, 40, 253 and 601 tokens alone, against the same requests in batches
-among random neighbours, with padding and unused cache slots poisoned; the same under plain XLA,
-which must fail. Exit status 1 on a mismatch, or if plain XLA shows none.
+Models: of the widths of SmolLM2, Qwen3-8B, Llama-3.1-8B, Gemma-3-4B and Qwen3-30B-A3B, 3 layers
+(Gemma 6, so that one has no window), random weights; with --model, real weights too. Requests of
+1, 40, 253 and 601 tokens alone, against the same requests in batches among random neighbours,
+with padding and unused cache slots poisoned; the same under plain XLA, which must fail. Exit
+status 1 on a mismatch, or if plain XLA shows none.
 """
 
 import argparse
@@ -33,6 +34,18 @@ from jdet.testing import compose, run_batch, same_bits, small_config
 TOKENS = 6
 LENGTHS = (1, 40, 253, 601)
 WIDTH, CACHE = 640, 1024
+MODELS = ("SmolLM2", "Qwen3-8B", "Llama-3.1-8B", "Gemma-3-4B", "Qwen3-30B-A3B")
+
+
+def config_of(name: str) -> DecoderConfig:
+    """The shape of a model, of few layers."""
+    if name == "SmolLM2":
+        return DecoderConfig.from_hf(small_config(layers=3))
+    config = CONFIGS[name]
+    if name == "Gemma-3-4B":  # shorter windows, so that prompts are longer than they
+        windows = tuple(w and 200 for w in config.windows)
+        return dataclasses.replace(config, num_hidden_layers=6, windows=windows)
+    return dataclasses.replace(config, num_hidden_layers=3)
 
 
 def in_batch(model: LanguageModel, batch_size: int, *, poison: bool) -> list[Any]:
@@ -95,7 +108,7 @@ def main() -> int:
     parser.add_argument("--implementation", default="mosaic_gpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batches", default="5,33,256")
-    parser.add_argument("--only", nargs="*", choices=("SmolLM2", "Qwen3-8B"))
+    parser.add_argument("--only", nargs="*", choices=MODELS)
     parser.add_argument("--model", help="real weights: a path or a name")
     args = parser.parse_args()
     sizes = [int(size) for size in args.batches.split(",")]
@@ -103,16 +116,13 @@ def main() -> int:
         **environment(),
         "bits": [],
     }
-    configs = {
-        "SmolLM2": DecoderConfig.from_hf(small_config(layers=3)),
-        "Qwen3-8B": dataclasses.replace(CONFIGS["Qwen3-8B"], num_hidden_layers=3),
-    }
     implementation = args.implementation
 
     def models() -> Iterator[tuple[str, LanguageModel]]:
-        for name in args.only if args.only is not None else configs:
-            model = jdet.random_model(configs[name], implementation=implementation)
-            yield f"{name} widths, 3 layers", model
+        for name in args.only if args.only is not None else MODELS:
+            config = config_of(name)
+            model = jdet.random_model(config, implementation=implementation)
+            yield f"{name} widths, {config.num_hidden_layers} layers", model
         if args.model:
             yield Path(args.model).name, jdet.load(args.model, implementation=implementation)
 

@@ -94,7 +94,7 @@ def _gate_mul(
     return apply(g, u).astype(gate.dtype)
 
 
-_GATES = {"silu": silu_mul, "gelu_tanh": gelu_mul}
+GATES = {"silu": silu_mul, "gelu_tanh": gelu_mul}
 
 
 def gated_matmul(
@@ -118,4 +118,4 @@ def gated_matmul(
       ValueError: shapes or dtypes that do not go together.
       NotImplementedError: this backend cannot compute them; the message says which part.
     """
-    return matmul_gated(x, w, _GATES[activation], schedule=schedule, interpret=interpret)
+    return matmul_gated(x, w, GATES[activation], schedule=schedule, interpret=interpret)

@@ -1,14 +1,16 @@
-"""Decode step and prefill of a Qwen3-8B shape on one NVIDIA GPU: ours, plain XLA, the floor.
+"""Decode step and prefill of a published shape on one NVIDIA GPU: ours, plain XLA, the floor.
 
-    python scripts/bench/gpu_model.py [--json FILE] [--decode 1,8,32,64,128] [--context 2048]
-        [--prefill 1x8192,8x1024] [--profile]
+    python scripts/bench/gpu_model.py [--model Qwen3-8B] [--layers N] [--json FILE]
+        [--decode 1,8,32,64,128] [--context 2048] [--prefill 1x8192,8x1024] [--profile]
 
 Random weights; every column in one process, wall clock, medians. `xla` is the same model code
 on plain XLA with jnp attention, `xla_cudnn` the same with cuDNN's attention: the better one is
 the baseline of `ratio`. Neither is batch-invariant. A decode time is a step of STEPS in one call.
-Floor of decode: bytes of the weights and of the cache that is read, over the measured copy rate;
-of prefill: operations over the measured rate of a large product. `--profile` adds the device time
-of each kernel in one step, from the profiler's trace.
+Of a mixture `xla_cudnn` has the experts' products in XLA's best form too (xla_experts.py).
+Floor of decode: bytes of the weights (of experts: those that the first step chose) and of the
+cache that is read, over the measured copy rate; of prefill: operations over the measured rate of a
+large product. `--profile` adds the device time of each kernel in one step, from the profiler's
+trace.
 """
 
 import argparse
@@ -30,10 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from cudnn_attention import CudnnOps  # pyright: ignore[reportMissingImports]
 from timing import copy_rate, environment, events_of, matrix_rate  # pyright: ignore[reportMissingImports]
+from xla_experts import ExpertOps, experts_read  # pyright: ignore[reportMissingImports]
 
 import jdet
 from jdet.cache import create_cache
 from jdet.decoding import DecodeState, decode, prefill, round_up
+from jdet.models.config import CONFIGS
 from jdet.models.load import LanguageModel
 from jdet.sampling import SamplingParams, sampling_arrays
 
@@ -44,6 +48,11 @@ JNP_UP_TO = 1  # rows; above, jnp attention loses to cuDNN's (h100-qwen3-8b-firs
 def greedy(batch: int) -> Any:
     params = SamplingParams(temperature=0, max_tokens=10**6, ignore_eos=True)
     return sampling_arrays([params] * batch)
+
+
+def last_tokens(batch: int) -> jax.Array:
+    """Another for each row, so that rows choose experts of their own."""
+    return jnp.arange(1, batch + 1, dtype=jnp.int32)
 
 
 def decode_runner(
@@ -59,7 +68,7 @@ def decode_runner(
             fill=0.01,
         ),
         prompt_lengths=jnp.full(batch, context - 1, jnp.int32),
-        last_token=jnp.ones(batch, jnp.int32),
+        last_token=last_tokens(batch),
         count=jnp.ones(batch, jnp.int32),
         stopped=jnp.zeros(batch, bool),
         token_ids=jnp.zeros((batch, 128), jnp.int32),
@@ -160,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--implementation", default="mosaic_gpu")
     parser.add_argument("--model", default="Qwen3-8B")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode", default="1,8,32,64,128", help="batch sizes")
     parser.add_argument("--context", type=int, default=2048)
@@ -170,27 +180,36 @@ def main() -> None:
     )
     args = parser.parse_args()
     begin = time.monotonic()
+    config = CONFIGS[args.model]
+    if args.layers:
+        config = dataclasses.replace(config, num_hidden_layers=args.layers)
     copy, matrix = copy_rate(), matrix_rate()
     result: dict[str, Any] = {
         **environment(),
         "model": f"{args.model} (random weights)",
+        "layers": config.num_hidden_layers,
         "copy_bytes_per_s": copy,
         "matrix_flops_per_s": matrix,
         "method": "wall clock, median of 3 calls",
         "rows": [],
     }
-    ours = jdet.random_model(args.model, implementation=args.implementation)
+    ours = jdet.random_model(config, implementation=args.implementation)
     result["fingerprint"] = ours.ops.fingerprint
     plain = ours.with_ops(implementation="xla")
+    baseline = ExpertOps if config.num_experts else CudnnOps
     models = {
         "ours": ours,
         "xla": plain,
-        "xla_cudnn": dataclasses.replace(plain, ops=CudnnOps("xla", plain.ops.contract)),
+        "xla_cudnn": dataclasses.replace(plain, ops=baseline("xla", plain.ops.contract)),
     }
     c = ours.config
     size = sum(x.nbytes for x in jax.tree.leaves(ours.decoder))
     weights = size if c.tie_word_embeddings else size - ours.decoder.embedding[...].nbytes
-    products = 2 * (weights / 2 - c.vocab_size * c.hidden_size)  # the head reads one row a prompt
+    # Bytes of one expert in every layer; the others of the weights are read whole.
+    expert = 6 * c.hidden_size * c.moe_intermediate_size * c.num_hidden_layers
+    idle = expert * (c.num_experts - c.num_experts_per_tok)
+    # The head reads one row a prompt.
+    products = 2 * ((weights - idle) / 2 - c.vocab_size * c.hidden_size)
 
     def finish(row: dict[str, Any], floor: float) -> None:
         row["floor_ms"] = floor * 1e3
@@ -214,7 +233,11 @@ def main() -> None:
         row = {"what": "decode step", "batch": batch, "length": args.context}
         make = functools.partial(decode_runner, batch=batch, context=args.context)
         row |= measure(measured, make, STEPS, args.profile)
-        finish(row, (weights + cache) / copy)
+        read = weights
+        if c.num_experts:
+            row["experts_read"] = experts_read(ours, batch, args.context, last_tokens(batch))
+            read -= expert * (c.num_experts - row["experts_read"])
+        finish(row, (read + cache) / copy)
     for pair in filter(None, args.prefill.split(",")):
         if time.monotonic() - begin > args.limit:
             break
