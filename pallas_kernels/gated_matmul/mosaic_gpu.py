@@ -28,6 +28,8 @@ GELU in its tanh form is g / (1 + e**-z), z = 2 sqrt(2 / pi) (g + 0.044715 g**3)
     z = g * fma(g * g, 0.0713548, 1.5957691)
     h = max(min(z, 100), -200)      and keeps g**3 finite
 
+Its error over |g|: at most 1.3 * 2**-23 on an H100 (scripts/bench/results/h100-check-gelu.json).
+
 Schedules: `Schedule.gated` in matmul/mosaic_gpu_schedules.py. A tile has bn / 2 rows of the gate
 and the same rows of up, one below the other in shared memory: one wgmma gives both, and g and u
 of one result lie in the same register file, bn / 2 columns apart. Rows of the gate's tile beyond
@@ -110,7 +112,7 @@ def gated_matmul(
     Args:
       x: [M, K], bfloat16 or float16.
       w: [2 F, K], of x's dtype.
-      activation: "silu", or "gelu_tanh", whose instructions no card has run yet.
+      activation: "silu" or "gelu_tanh".
       schedule: a gated one; by shape unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 

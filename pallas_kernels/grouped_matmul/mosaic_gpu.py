@@ -124,10 +124,11 @@ def grouped(
     out = check_result(x, out_dtype)
     if rows == 0 or n == 0:
         return jnp.zeros((rows, n if gate is None else n // 2), out)
-    s = schedule or default_schedule(rows, experts, n, leaves, gated=gate is not None)
-    if s.tile.gated != (gate is not None):
+    gated = gate is not None
+    s = schedule or default_schedule(rows, experts, n, leaves, out.itemsize, gated)
+    if s.tile.gated != gated:
         raise ValueError(f"{s} is {'a' if s.tile.gated else 'no'} gated schedule")
-    if not s.tile.fits(leaves, out.itemsize):
+    if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
     return _grouped(x, w, sizes, leaves=leaves, out_dtype=out, s=s, gate=gate, interpret=interpret)
 

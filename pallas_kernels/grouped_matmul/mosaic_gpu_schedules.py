@@ -29,11 +29,20 @@ class GroupedSchedule:
         if not 8 <= height <= s.bm or height & (height - 1):
             raise ValueError(f"height={height}; allowed: powers of two from 8 to {s.bm}")
 
+    def fits(self, leaves: int, out_size: int) -> bool:
+        """Whether there is room, and any number of rows can leave shared memory.
+
+        Copies start at addresses of 128 bytes. The last, of one row, follows an even number of
+        rows: these have 64 bytes at least.
+        """
+        columns = self.tile.stage_tile(out_size)[1]
+        return self.tile.fits(leaves, out_size) and columns * out_size >= 64
+
     def __str__(self) -> str:
         return f"{self.tile}-h{self.height}"
 
 
-_WIDTHS = (192, 128, 96, 64, 48, 32)
+_WIDTHS = (192, 128, 96, 64, 32)
 _SMALL = {bn: deepest("normal", 64, bn, bk=128) for bn in _WIDTHS}
 # The cost of a tile in clock cycles for 64 elements of K, as in matmul's schedules.
 _LARGE = (
@@ -53,15 +62,12 @@ def schedules(leaves: int = 1, out_size: int = 4, gated: bool = False) -> list[G
     """Every registered schedule that has room for `leaves` and results of `out_size` bytes."""
     pairs = [(s, height) for s in _SMALL.values() for height in _HEIGHTS]
     pairs += [(s, height) for s, _ in _LARGE for height in (64, 128)]
-    return [
-        GroupedSchedule(_gated(s, gated), height)
-        for s, height in pairs
-        if s.fits(leaves, out_size) and (s.can_gate or not gated)
-    ]
+    every = [GroupedSchedule(_gated(s, gated), h) for s, h in pairs if s.can_gate or not gated]
+    return [s for s in every if s.fits(leaves, out_size)]
 
 
 def default_schedule(
-    rows: int, experts: int, n: int, leaves: int = 1, gated: bool = False
+    rows: int, experts: int, n: int, leaves: int = 1, out_size: int = 2, gated: bool = False
 ) -> GroupedSchedule:
     """The schedule for R rows over E experts, n rows of w each. Speed only.
 
@@ -74,19 +80,20 @@ def default_schedule(
     """
     touched = min(rows, experts)
     average = -(-rows // touched)
-    if average <= 64:
+    few = average <= 64
+    height = 128
+    if few:
         height = next((h for h in _HEIGHTS if h >= 2 * average), 64) if average > 1 else 8
-        candidates = [(s, s.bn + height) for s in _SMALL.values()]
-    else:
-        height, candidates = 128, list(_LARGE)
+    large = {_gated(s, gated): cost for s, cost in _LARGE if s.can_gate or not gated}
     costs = {}
-    for s, of_tile in candidates:
-        if s.fits(leaves) and (s.can_gate or not gated):
-            s = _gated(s, gated)
+    for choice in schedules(leaves, out_size, gated):
+        s = choice.tile
+        if choice.height == height and (s not in large) == few:
             tiles = touched * -(-average // height) * -(-n // s.bn)
-            costs[GroupedSchedule(s, height)] = -(-tiles // _RESIDENT) * of_tile
+            of_tile = s.bn + height if few else large[s]
+            costs[choice] = -(-tiles // _RESIDENT) * of_tile
     if not costs:
-        for choice in schedules(leaves, gated=gated):
+        for choice in schedules(leaves, out_size, gated):
             costs[choice] = abs(choice.height - height)
     if not costs:
         raise NotImplementedError(f"mosaic_gpu grouped_matmul has no registers for {leaves} leaves")

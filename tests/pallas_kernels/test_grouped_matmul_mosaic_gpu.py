@@ -135,8 +135,21 @@ def test_default_is_registered_and_has_room(gated):
     for rows in (1, 8, 64, 512, 2048, 8192, 65536):
         for experts, n in ((8, 768), (128, 1536), (128, 2048), (128, 3072)):
             for leaves in (1,) if gated else (1, 8):
-                s = default_schedule(rows, experts, n, leaves, gated)
-                assert s in mosaic_gpu.schedules(leaves, 2, gated) and s.tile.gated == gated
+                for out_size in (2, 4):
+                    s = default_schedule(rows, experts, n, leaves, out_size, gated)
+                    assert s in mosaic_gpu.schedules(leaves, out_size, gated)
+                    assert s.tile.gated == gated
+
+
+@pytest.mark.parametrize("out_size", [2, 4])
+def test_copies_of_any_number_of_rows_are_aligned(out_size):
+    """Of the rows of a tile of results, every copy starts at 128 bytes: an H100 stops otherwise."""
+    for gated in (False, True):
+        for s in mosaic_gpu.schedules(out_size=out_size, gated=gated):
+            row = s.tile.stage_tile(out_size)[1] * out_size
+            for count in range(1, s.height + 1):
+                firsts = [count & -(2 * bit) for bit in (1, 2, 4, 8, 16, 32, 64) if count & bit]
+                assert [first * row % 128 for first in firsts] == [0] * len(firsts), str(s)
 
 
 def test_nothing_to_do():
