@@ -44,29 +44,38 @@ from jdet.pallas_kernels.matmul.mosaic_gpu_kernel import Gate, kernel
 __all__ = ["GroupedSchedule", "default_schedule", "grouped", "grouped_matmul", "schedules"]
 
 
-def _running(x: jax.Array) -> jax.Array:
-    """Sums of the first 1, 2, ... elements; of integers, and few."""
-    index = jnp.arange(x.shape[0])
-    return jnp.sum(jnp.where(index[None] <= index[:, None], x[None], 0), axis=1, dtype=jnp.int32)
-
-
 def plan(sizes: jax.Array, rows: int, height: int) -> jax.Array:
     """The tiles of rows, int32 [T + 1, 3], T static and enough for any sizes.
 
     Its first row is (tiles of groups, all tiles, 0); then (first row, rows, expert) of each tile,
     in ascending order of rows. The rows after the last group are tiles too, of no expert.
+
+    Sums of integers over masks, and no gather: XLA makes three kernels of it, quickly.
     """
     experts = sizes.shape[0]
-    sizes = jnp.concatenate([sizes, (rows - jnp.sum(sizes, dtype=jnp.int32))[None]])
-    ends, tiles = _running(sizes), lax.div(sizes + (height - 1), jnp.int32(height))
-    tile_ends = _running(tiles)
+    expert = jnp.arange(experts, dtype=jnp.int32)
     at = jnp.arange(rows // height + min(rows, experts + 1), dtype=jnp.int32)
-    group = jnp.sum(tile_ends[None] <= at[:, None], axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, experts)
-    first = (ends - sizes)[group] + (at - (tile_ends - tiles)[group]) * height
-    count = jnp.minimum(ends[group] - first, height)
-    total = jnp.stack([tile_ends[-2], tile_ends[-1], jnp.int32(0)])
-    return jnp.concatenate([total[None], jnp.stack([first, count, group], axis=1)])
+    tiles = lax.div(sizes + (height - 1), jnp.int32(height))
+
+    def running(x):
+        """Sums of the first 1, 2, ... elements."""
+        return jnp.sum(jnp.where(expert <= expert[:, None], x, 0), axis=1, dtype=jnp.int32)
+
+    ends, tile_ends = running(sizes), running(tiles)
+    used, real = ends[-1], tile_ends[-1]
+    before = at[:, None] - (tile_ends - tiles)  # tiles of this group before this one
+    mine = (before >= 0) & (at[:, None] < tile_ends)
+
+    def of_group(x, otherwise):
+        """Of each tile's group; `otherwise` for tiles after the last group."""
+        found = jnp.sum(jnp.where(mine, x, 0), axis=1, dtype=jnp.int32)
+        return jnp.where(at < real, found, otherwise)
+
+    first = of_group(ends - sizes + before * height, used + (at - real) * height)
+    count = jnp.minimum(of_group(ends, rows) - first, height)
+    every = real + lax.div(rows - used + (height - 1), jnp.int32(height))
+    total = jnp.stack([real, every, jnp.int32(0)])
+    return jnp.concatenate([total[None], jnp.stack([first, count, of_group(expert, experts)], 1)])
 
 
 @functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))

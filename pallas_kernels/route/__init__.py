@@ -27,6 +27,9 @@ class Routing(NamedTuple):
     sizes: Int32[Array, " E"]
 
 
+_FEW = 512  # rows up to which they are counted rather than sorted: fewer kernels on a GPU
+
+
 def routing(
     experts: Int32[Array, "M k"],
     weights: Float[Array, "M k"],
@@ -39,9 +42,15 @@ def routing(
     rows, k = experts.size, experts.shape[1]
     # One key that is unique, so that no sort has ties to break.
     number = jnp.arange(rows, dtype=jnp.int32)
-    keys = lax.sort(experts.reshape(-1) * rows + number)
-    order = keys - lax.div(keys, jnp.int32(rows)) * rows
-    places = jnp.zeros_like(number).at[order].set(number, unique_indices=True)
+    keys = experts.reshape(-1) * rows + number
+    if rows <= _FEW:
+        places = jnp.sum(keys < keys[:, None], axis=1, dtype=jnp.int32)
+        here = places == number[:, None]
+        tokens = jnp.sum(jnp.where(here, lax.div(number, k), 0), axis=1, dtype=jnp.int32)
+    else:
+        keys = lax.sort(keys)
+        order = keys - lax.div(keys, jnp.int32(rows)) * rows
+        places = jnp.zeros_like(number).at[order].set(number, unique_indices=True)
+        tokens = lax.div(order, jnp.int32(k))
     sizes = jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    tokens = lax.div(order, jnp.int32(k))
     return Routing(experts, weights, tokens, places.reshape(experts.shape), sizes)
