@@ -52,8 +52,8 @@ class LanguageModel:
 def default_for(config: DecoderConfig, dtype: DTypeLike, device: Any = None) -> str:
     """`default_implementation`, but for models whose Hopper kernels no card has run: `portable`.
 
-    Those are the grouped matmuls of experts and the GELU gate; and rms_norm of `mosaic_gpu`
-    takes no float32 weights beside bfloat16.
+    Those are the grouped matmuls of experts, the GELU gate, and norms with float32 weights beside
+    bfloat16.
     """
     unproven = config.num_experts or config.activation != "silu" or config.unit_offset_norms
     found = default_implementation(device, dtype)

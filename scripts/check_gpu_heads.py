@@ -2,7 +2,8 @@
 
     python scripts/check_gpu_heads.py --json h100-heads.json
 
-Checks, for the heads of Qwen3-8B with norms and of SmolLM2 without, on fixed normal inputs:
+Checks, for the heads of Qwen3-8B with norms, of SmolLM2 without, and of Gemma 3 with norms that are
+float32, on fixed normal inputs:
 
 - tokens: each token of a batch of 1 to 1000, one a row or many in a row, has the bits that it has
   in a batch of 4096 of one token a row: its q, and its key and value in their slots. Every other
@@ -37,7 +38,8 @@ import timing  # pyright: ignore[reportMissingImports]  # noqa: E402
 
 EPS = 1e-6
 TOP, SLOTS = 4096, 4
-QWEN, SMOL = (32, 8, 128, True), (9, 3, 64, False)  # heads, heads of keys, head_dim, norms
+# Heads, heads of keys, head_dim, and the dtype of the norms: the heads' ("alike"), or None.
+QWEN, SMOL, GEMMA = (32, 8, 128, "alike"), (9, 3, 64, None), (8, 4, 256, "float32")
 SPLIT, WHOLE = mosaic_gpu.SCHEDULES
 TOKENS = (*range(1, 10), 63, 64, 65, 257, 1000)
 # (size, dtype, [(rows, tokens a row, schedule)])
@@ -48,6 +50,8 @@ BATCHES = (
     (SMOL, "bfloat16", [(n, 1, None) for n in (1, 2, 9, 64, 1000)]),
     (SMOL, "bfloat16", [(1, 65, WHOLE), (1, 257, SPLIT), (4, 63, WHOLE)]),
     (QWEN, "float16", [(7, 1, SPLIT), (2, 65, WHOLE)]),
+    (GEMMA, "bfloat16", [(n, 1, None) for n in (1, 2, 9, 64, 1000)]),
+    (GEMMA, "bfloat16", [(1, 65, WHOLE), (1, 257, SPLIT), (4, 63, WHOLE)]),
 )
 # (rows, tokens a row, slots): a token, a batch of them, eight prompts.
 TIMES = ((1, 1, 1024), (64, 1, 256), (8, 1024, 1024))
@@ -60,8 +64,10 @@ def inputs(size, count, dtype, seed=0):
     qkv = rng.standard_normal((count, (heads + 2 * kv_heads) * dim), np.float32)
     angle = rng.integers(0, 2**15, count)[:, None] * 1e6 ** (-np.arange(0, dim, 2) / dim)
     tokens = (qkv.astype(dtype), np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
-    weights = (1 + rng.standard_normal((2, dim), np.float32) / 4).astype(dtype)
-    return tokens, weights if norms else (None, None)
+    if norms is None:
+        return tokens, (None, None)
+    weights = 1 + rng.standard_normal((2, dim), np.float32) / 4
+    return tokens, weights.astype(dtype if norms == "alike" else norms)
 
 
 def bits(x):

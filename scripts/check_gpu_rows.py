@@ -33,7 +33,14 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 EVERY_M = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4096)
 SOME_M = (1, 2, 9, 17, 64, 257, 1000, 4096)
 # A width whose rows share no block sees the batch in its grid alone.
-NORMS = ((576, 4096, EVERY_M), (4096, 4096, SOME_M), (128, 100_000, EVERY_M), (64, 4096, SOME_M))
+NORMS = (
+    (576, 4096, EVERY_M, "bfloat16"),
+    (4096, 4096, SOME_M, "bfloat16"),
+    (128, 100_000, EVERY_M, "bfloat16"),
+    (64, 4096, SOME_M, "bfloat16"),
+    (640, 4096, EVERY_M, "float32"),  # as Gemma's
+    (2560, 4096, SOME_M, "float32"),
+)
 NORM_TIMES = (
     *((4096, m, True) for m in (1, 8, 64, 256, 4096, 16384)),
     *((576, m, True) for m in (1, 64, 4096)),
@@ -101,8 +108,8 @@ def check_rows(report: Report, name: str, f: Any, inputs: Any, whole: Any, batch
         report.check_bits(name, f"M={m} among NaN", alone, [e[row : row + 1] for e in expected])
 
 
-def check_norm(report: Report, dim: int, largest: int, batches: Any) -> None:
-    """rms_norm of one width, with and without a residual."""
+def check_norm(report: Report, dim: int, largest: int, batches: Any, weights: str) -> None:
+    """rms_norm of one width in bfloat16, with and without a residual."""
     import jax
     import ml_dtypes
     import numpy as np
@@ -113,7 +120,7 @@ def check_norm(report: Report, dim: int, largest: int, batches: Any) -> None:
     x, r = (
         rng.standard_normal((largest, dim), np.float32).astype(ml_dtypes.bfloat16) for _ in "xr"
     )
-    weight = rng.standard_normal(dim, np.float32).astype(ml_dtypes.bfloat16)
+    weight = rng.standard_normal(dim, np.float32).astype(np.dtype(weights))
     on_device = jax.device_put(weight)
     norm = mosaic_gpu.rms_norm
 
@@ -121,7 +128,7 @@ def check_norm(report: Report, dim: int, largest: int, batches: Any) -> None:
         y, s = norm(x, on_device, eps=EPS, residual=r, schedule=schedule)
         return y, s, norm(x, on_device, eps=EPS, schedule=schedule)[0]
 
-    name = f"rms_norm D={dim}"
+    name = f"rms_norm D={dim}" + (f" weights {weights}" if weights != "bfloat16" else "")
     whole = [np.asarray(w) for w in jax.jit(both)(x, r)]
     report.hash(name, whole)
     s = (x.astype(np.float32) + r.astype(np.float32)).astype(ml_dtypes.bfloat16)

@@ -16,7 +16,7 @@ MOVEMENT = """bitcast bitcast-convert broadcast concatenate constant copy dynami
     copy-start copy-done""".split()
 CONTROL = "call conditional fusion get-tuple-element tuple while".split()
 ELEMENTWISE = """abs add and clamp compare convert divide floor maximum minimum multiply negate not
-    or select shift-left shift-right-arithmetic shift-right-logical subtract xor
+    or select shift-left shift-right-arithmetic shift-right-logical sign subtract xor
     reduce-precision""".split()
 _CHOOSING = "parameter constant convert compare select and or not maximum minimum tuple".split()
 _INTEGER = r"^\(?(pred|[su]\d+)\["

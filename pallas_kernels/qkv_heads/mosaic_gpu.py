@@ -267,8 +267,9 @@ def qkv_heads(
     """See `reference.qkv_heads` for the op and the module for its tree.
 
     Args:
-      qkv, q_norm, k_norm, k_cache, v_cache: bfloat16 or float16, all alike. A cache that is
-        donated, or dead after the call, is updated in place.
+      qkv, k_cache, v_cache: bfloat16 or float16, all alike. A cache that is donated, or dead
+        after the call, is updated in place.
+      q_norm, k_norm: of that dtype, or float32.
       cos, sin: float32.
       positions, page_table: int32.
       schedule: how to walk the heads; by the number of tokens unless given. Never changes the
@@ -279,12 +280,18 @@ def qkv_heads(
       NotImplementedError: other dtypes, or D no multiple of 16 from 16 to 256.
     """
     dim = k_cache.shape[3]
-    arrays = (qkv, q_norm, k_norm, k_cache, v_cache)
-    dtypes = {x.dtype for x in arrays if x is not None}
-    if not (len(dtypes) == 1 and dtypes < set(_OPERANDS) and cos.dtype == sin.dtype == jnp.float32):
+    heads = {x.dtype for x in (qkv, k_cache, v_cache)}
+    norms = {x.dtype for x in (q_norm, k_norm) if x is not None}
+    if not (
+        len(heads) == 1
+        and heads < set(_OPERANDS)
+        and norms <= heads | {jnp.dtype(jnp.float32)}
+        and cos.dtype == sin.dtype == jnp.float32
+    ):
         raise NotImplementedError(
-            "mosaic_gpu qkv_heads takes bfloat16 or float16, all alike, and float32 angles;"
-            f" got {', '.join(sorted(map(str, dtypes)))} and {cos.dtype}, {sin.dtype}"
+            "mosaic_gpu qkv_heads takes bfloat16 or float16, all alike, norms alike or in float32,"
+            f" and float32 angles; got {', '.join(sorted(map(str, heads)))}, norms in"
+            f" {', '.join(sorted(map(str, norms))) or 'nothing'}, and {cos.dtype}, {sin.dtype}"
         )
     if dim % 16 or not 0 < dim <= 256:
         raise NotImplementedError(

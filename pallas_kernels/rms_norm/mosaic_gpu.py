@@ -205,7 +205,7 @@ def rms_norm(
 
     Args:
       x: [..., D], bfloat16, float16 or float32.
-      weight: [D], of x's dtype.
+      weight: [D], of x's dtype or float32.
       residual: as x, or None: then s is x.
       schedule: how to walk the rows; by their number unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
@@ -214,10 +214,10 @@ def rms_norm(
       NotImplementedError: another dtype, D no multiple of 8, or D over 16384.
     """
     dim = x.shape[-1]
-    if x.dtype not in _OPERANDS or weight.dtype != x.dtype:
+    if x.dtype not in _OPERANDS or weight.dtype not in (x.dtype, jnp.float32):
         raise NotImplementedError(
-            "mosaic_gpu rms_norm takes bfloat16, float16 or float32, all alike;"
-            f" got {x.dtype} and {weight.dtype}"
+            "mosaic_gpu rms_norm takes bfloat16, float16 or float32, and weights alike or in"
+            f" float32; got {x.dtype} and {weight.dtype}"
         )
     if dim % 8 or not 0 < dim <= _LARGEST:
         raise NotImplementedError(

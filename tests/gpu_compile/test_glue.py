@@ -47,6 +47,13 @@ MODELS = {
     "Qwen3-8B": dataclasses.replace(
         CONFIGS["Qwen3-8B"], num_hidden_layers=2, vocab_size=VOCABULARY
     ),
+    # Norms with float32 weights.
+    "Gemma-3-270m": dataclasses.replace(
+        CONFIGS["Gemma-3-270m"],
+        num_hidden_layers=2,
+        windows=(512, None),
+        vocab_size=VOCABULARY,
+    ),
 }
 
 

@@ -42,12 +42,16 @@ def kernels(on_h100, tmp_path, monkeypatch):
     return compile_for_h100
 
 
-@pytest.mark.parametrize("dim", [64, 128, 576, 4096, 12288])
+# The last three with Gemma's float32 weights.
+@pytest.mark.parametrize(
+    ("dim", "wide"),
+    [(d, False) for d in (64, 128, 576, 4096, 12288)] + [(d, True) for d in (640, 1152, 5376)],
+)
 @pytest.mark.parametrize("residual", [True, False])
-def test_rms_norm(kernels, dim, residual):
+def test_rms_norm(kernels, dim, wide, residual):
     for schedule in schedules(1000, dim):
         x = jax.ShapeDtypeStruct((1000, dim), jnp.bfloat16)
-        weight = jax.ShapeDtypeStruct((dim,), jnp.bfloat16)
+        weight = jax.ShapeDtypeStruct((dim,), jnp.float32 if wide else jnp.bfloat16)
 
         def norm(x, r, weight, schedule=schedule):
             other = r if residual else None

@@ -120,10 +120,35 @@ def test_pages(schedule: mosaic_gpu.Schedule) -> None:
         assert (after == expected).all()
 
 
+def test_float32_norms_beside_bfloat16() -> None:
+    """Gemma's 1 + w: as wide values they count, and narrow ones give the bits they gave."""
+    size = (2, 1, 64)
+    args, cache = arguments(size, [[0, 1]], norms=True), caches(size, 1, 4)
+    norms = ("q_norm", "k_norm")
+
+    def heads(change: Any) -> list[np.ndarray]:
+        return run({**args, **{name: change(args[name]) for name in norms}}, cache)
+
+    def offset(weight: jax.Array) -> jax.Array:
+        return 1 + weight.astype(jnp.float32)
+
+    narrow, widened = heads(lambda w: w), heads(lambda w: w.astype(jnp.float32))
+    wide, rounded = heads(offset), heads(lambda w: offset(w).astype(jnp.bfloat16))
+    for one, other in zip(narrow, widened, strict=True):
+        assert (one == other).all()
+    assert (wide[0] != rounded[0]).any() and (wide[1] != rounded[1]).any()
+    given = {**args, **{name: offset(args[name]) for name in norms}}
+    wanted = reference.qkv_heads(**given, k_cache=cache[0], v_cache=cache[1], eps=EPS)
+    for got, want in zip(wide, wanted, strict=True):
+        assert_close(got, want)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     args = arguments((3, 1, 64), [[0]], norms=True)
     k, v = caches((3, 1, 64), 1, 4)
-    with pytest.raises(NotImplementedError, match="bfloat16, float32"):
-        run({**args, "q_norm": args["q_norm"].astype(jnp.float32)}, (k, v))
+    with pytest.raises(NotImplementedError, match="norms in bfloat16, float16"):
+        run({**args, "q_norm": args["q_norm"].astype(jnp.float16)}, (k, v))
+    with pytest.raises(NotImplementedError, match="got bfloat16, float32, norms in bfloat16"):
+        run(args, (k, v.astype(jnp.float32)))
     with pytest.raises(NotImplementedError, match="multiples of 16 up to 256, got 24"):
         run(arguments((3, 1, 24), [[0]], norms=False), caches((3, 1, 24), 1, 4))

@@ -66,6 +66,19 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     assert np.asarray(alone[0]).tobytes() == np.asarray(crowd[1]).tobytes()
 
 
+@pytest.mark.parametrize("dim", [200, 640])
+def test_float32_weights_beside_bfloat16(dim: int) -> None:
+    """Gemma's 1 + w: the product is that of float32, rounded once."""
+    x, _, weight = inputs(17, dim)
+    wide, interpret = 1 + weight.astype(jnp.float32), plgpu.InterpretGPUParams()
+    y, s = rms_norm(x, wide, eps=EPS, interpret=interpret)
+    exact, _ = rms_norm(x.astype(jnp.float32), wide, eps=EPS, interpret=interpret)
+    rounded, _ = rms_norm(x, wide.astype(jnp.bfloat16), eps=EPS, interpret=interpret)
+    assert y.dtype == s.dtype == jnp.bfloat16
+    assert np.asarray(y).tobytes() == np.asarray(exact.astype(jnp.bfloat16)).tobytes()
+    assert np.asarray(y).tobytes() != np.asarray(rounded).tobytes()
+
+
 def test_a_row_is_divided_by_its_width_alone() -> None:
     """Every thread holds as many elements, and few enough; only the schedule asks the batch."""
     for dim in range(8, 16385, 8):
@@ -84,8 +97,9 @@ def test_no_rows() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="float32.*bfloat16"):
-        rms_norm(jnp.ones((2, 64)), jnp.ones(64, jnp.bfloat16), eps=EPS)
+    for x, weight in (("float32", "bfloat16"), ("bfloat16", "float16")):
+        with pytest.raises(NotImplementedError, match=f"got {x} and {weight}"):
+            rms_norm(jnp.ones((2, 64), x), jnp.ones(64, weight), eps=EPS)
     for dim in (60, 16392):
         with pytest.raises(NotImplementedError, match="multiples of 8 up to 16384"):
             rms_norm(jnp.ones((2, dim), jnp.bfloat16), jnp.ones(dim, jnp.bfloat16), eps=EPS)
