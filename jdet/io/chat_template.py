@@ -19,11 +19,15 @@ class ChatTemplate:
         text: The template's text.
         tokens: What it may name besides the messages (``bos_token``, ``eos_token``, ...).
         source: The file it came from, for messages.
+
+    Attributes:
+        text: As given.
+        tokens: As given.
     """
 
     def __init__(self, text: str, tokens: Mapping[str, str], source: str) -> None:
-        self._text = text
-        self._tokens = dict(tokens)
+        self.text = text
+        self.tokens = dict(tokens)
         self._source = source
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
@@ -40,7 +44,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **self._tokens,
+                **self.tokens,
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise CheckpointError(
@@ -65,4 +69,4 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
-        return environment.from_string(self._text)
+        return environment.from_string(self.text)

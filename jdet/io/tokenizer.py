@@ -130,6 +130,26 @@ class Tokenizer:
             source=str(path),
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes the files that ``from_folder`` reads, and transformers does."""
+        import tokenizers
+        from tokenizers import processors
+
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if self._bos_to_add is not None:
+            bos = backend.id_to_token(self._bos_to_add)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", bos, "$B"],
+                special_tokens=[(bos, self._bos_to_add)],
+            )
+        backend.save(str(folder / "tokenizer.json"))
+        template = self._chat_template
+        _write_json(folder / "tokenizer_config.json", template.tokens if template else {})
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(self.eos_token_ids)})
+        if template:
+            (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8")
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``; special tokens written out in it are recognised.
 
@@ -228,6 +248,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _folder_template(path: Path, config: Mapping[str, Any]) -> str | None:

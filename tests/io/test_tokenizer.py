@@ -240,6 +240,50 @@ def test_folder(folder):
     assert tokenizer.encode(prompt).count(0) == 1
 
 
+def _assert_same(tokenizer, other, texts):
+    assert tokenizer.vocab_size == other.vocab_size
+    assert tokenizer.eos_token_ids == other.eos_token_ids
+    assert tokenizer.has_chat_template == other.has_chat_template
+    for text in texts:
+        ids = other.encode(text)
+        assert tokenizer.encode(text) == ids, text
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip) == other.decode(ids, skip), text
+
+
+def _saved(tokenizer, folder):
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    return Tokenizer.from_folder(folder)
+
+
+def test_saved_smollm2(smollm2, golden, tmp_path):
+    saved = _saved(smollm2, tmp_path)
+    _assert_same(saved, smollm2, [entry["text"] for entry in golden["strings"]])
+    for entry in golden["chats"]:
+        assert (
+            saved.chat_prompt(entry["messages"], entry["add_generation_prompt"])
+            == (entry["prompt"])
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_saved_sentencepiece(goldens, kind, tmp_path):
+    """BOS by a post-processor in the file, which the GGUF's has not."""
+    golden = json.loads((goldens / "sentencepiece.json").read_text(encoding="utf-8"))[kind]
+    tokenizer = _sentencepiece(golden)
+    texts = [entry["text"] for entry in golden["strings"]]
+    _assert_same(_saved(tokenizer, tmp_path), tokenizer, texts)
+
+
+def test_saved_folder(folder, tmp_path):
+    tokenizer = Tokenizer.from_folder(folder)
+    saved = _saved(tokenizer, tmp_path / "saved")
+    _assert_same(saved, tokenizer, ["hello world", "", "<|im_start|>he"])
+    messages = [{"role": "user", "content": "<é>"}]
+    assert saved.chat_prompt(messages) == tokenizer.chat_prompt(messages)
+
+
 def test_folder_without_the_other_files(folder):
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink()

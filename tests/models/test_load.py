@@ -209,7 +209,7 @@ def test_memory_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPat
         raise ValueError("full")
 
     monkeypatch.setattr(jdet.models.load, "check_memory", spy)
-    monkeypatch.setattr(jdet.models.load, "read_parameter", None)
+    monkeypatch.setattr("jdet.models.blank.read_parameter", None)
     with pytest.raises(ValueError, match="full"):
         jdet.load(str(GOLDEN), dtype="float32")
     stored = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
