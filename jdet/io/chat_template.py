@@ -30,30 +30,54 @@ class ChatTemplate:
         self.tokens = dict(tokens)
         self._source = source
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Renders the messages.
 
+        Args:
+            messages: With the roles and keys that the template knows.
+            add_generation_prompt: Whether the assistant's turn is begun at the end.
+            tools: JSON schemas of functions.
+            variables: What else the template may be told (``enable_thinking``).
+
         Raises:
-            CheckpointError: The template is broken, or refuses these messages.
+            CheckpointError: The template is broken, refuses these messages, or does not look
+                at the tools or a variable.
         """
         from jinja2 import TemplateError
 
+        given = (
+            dict(variables or {}) if tools is None else {"tools": list(tools), **(variables or {})}
+        )
         try:
-            return self._compiled.render(
+            template, known = self._compiled
+            unused = [name for name in given if name not in known]
+            values = {"tools": None, "documents": None, **self.tokens, **given}
+            rendered = not unused and template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.tokens,
+                **values,
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise CheckpointError(
                 f"{self._source}: the chat template cannot render these messages: {error}"
             ) from None
+        if unused:
+            raise CheckpointError(
+                f"{self._source}: the chat template has no use for {', '.join(unused)}; it may be"
+                f" given {', '.join(sorted(known)) or 'nothing'}"
+            )
+        return rendered
 
     @cached_property
-    def _compiled(self) -> Any:
-        from jinja2 import TemplateError
+    def _compiled(self) -> tuple[Any, set[str]]:
+        """The template, and the names that a caller may give it."""
+        from jinja2 import TemplateError, meta
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -69,4 +93,6 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
-        return environment.from_string(self.text)
+        names = meta.find_undeclared_variables(environment.parse(self.text))
+        known = names - {"messages", "add_generation_prompt", *self.tokens, *environment.globals}
+        return environment.from_string(self.text), known

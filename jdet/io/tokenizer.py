@@ -175,16 +175,29 @@ class Tokenizer:
         return self._chat_template is not None
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """Renders messages (``{"role": ..., "content": ...}``) with the model's chat template.
 
+        Args:
+            messages: With the roles that the template has: ``system``, ``user``, ``assistant``
+                (with ``tool_calls``), ``tool``.
+            add_generation_prompt: Whether the assistant's turn is begun at the end.
+            tools: The functions that the model may call, as OpenAI's API has them.
+            variables: What else the template knows: ``enable_thinking=False`` (Qwen3).
+
         Raises:
-            CheckpointError: The model has no chat template, or it refuses the messages.
+            CheckpointError: The model has no chat template; it refuses the messages; it does
+                not look at tools, or at a variable.
         """
         if self._chat_template is None:
             raise CheckpointError(f"{self._source}: no chat template; give the prompt as raw text")
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
 
 
 class StreamDecoder:
