@@ -51,14 +51,18 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        given = (
-            dict(variables or {}) if tools is None else {"tools": list(tools), **(variables or {})}
-        )
+        given = dict(variables or {})
+        if tools is not None:
+            given["tools"] = list(tools)
+        template, known = self._compiled
+        if unused := [name for name in given if name not in known]:
+            raise CheckpointError(
+                f"{self._source}: the chat template has no use for {', '.join(unused)}; it may be"
+                f" given {', '.join(sorted(known)) or 'nothing'}"
+            )
+        values = {"tools": None, "documents": None, **self.tokens, **given}
         try:
-            template, known = self._compiled
-            unused = [name for name in given if name not in known]
-            values = {"tools": None, "documents": None, **self.tokens, **given}
-            rendered = not unused and template.render(
+            return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **values,
@@ -67,12 +71,6 @@ class ChatTemplate:
             raise CheckpointError(
                 f"{self._source}: the chat template cannot render these messages: {error}"
             ) from None
-        if unused:
-            raise CheckpointError(
-                f"{self._source}: the chat template has no use for {', '.join(unused)}; it may be"
-                f" given {', '.join(sorted(known)) or 'nothing'}"
-            )
-        return rendered
 
     @cached_property
     def _compiled(self) -> tuple[Any, set[str]]:
@@ -93,6 +91,9 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
-        names = meta.find_undeclared_variables(environment.parse(self.text))
+        try:
+            names = meta.find_undeclared_variables(environment.parse(self.text))
+        except TemplateError as error:
+            raise CheckpointError(f"{self._source}: broken chat template: {error}") from None
         known = names - {"messages", "add_generation_prompt", *self.tokens, *environment.globals}
         return environment.from_string(self.text), known
