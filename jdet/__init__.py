@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jdet.engine.config import EngineConfig as EngineConfig
     from jdet.engine.engine import Engine as Engine
     from jdet.generation import generate as generate
+    from jdet.models.convert import convert as convert
     from jdet.models.load import load as load
     from jdet.models.load import random_model as random_model
     from jdet.ops import Ops as Ops
@@ -35,6 +36,7 @@ _HOME = {
     "Ops": "jdet.ops",
     "SamplingParams": "jdet.sampling",
     "compiler_options": "jdet.compiler",
+    "convert": "jdet.models.convert",
     "generate": "jdet.generation",
     "generate_tokens": "jdet.decoding",
     "jit": "jdet.compiler",

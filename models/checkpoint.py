@@ -4,9 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jdet.io.converted import Stored
 from jdet.models.config import DecoderConfig
 from jdet.models.families import FAMILIES
 
@@ -94,7 +97,39 @@ def check_tensors(
     # A tied checkpoint may still store its head; rotary frequencies are derived.
     known = {"lm_head.weight"} if config.tie_word_embeddings else set()
     extra = [n for n in tensors if n not in wanted | known and "rotary_emb" not in n]
-    problems += [f"unexpected {n}" for n in extra]
+    _refuse(source, [*problems, *(f"unexpected {n}" for n in extra)])
+
+
+def check_parameters(
+    stored: Mapping[str, Stored], wanted: Mapping[str, jax.ShapeDtypeStruct], source: str
+) -> None:
+    """`check_tensors` for a converted folder, which holds the decoder's own parameters.
+
+    Raises:
+      ValueError: also where one would have to be widened: the model that was converted may hold
+        more than its rounded values.
+    """
+    problems = [f"missing {n}" for n in wanted if n not in stored]
+    problems += [
+        f"{n}: {stored[n].shape}, expected {w.shape}"
+        for n, w in wanted.items()
+        if n in stored and stored[n].shape != w.shape
+    ]
+    _refuse(source, [*problems, *(f"unexpected {n}" for n in stored if n not in wanted)])
+    for name, want in wanted.items():
+        if jnp.dtype(stored[name].dtype).itemsize < want.dtype.itemsize:
+            raise ValueError(
+                f"{source} was converted to {stored[name].dtype}; {want.dtype} needs the original,"
+                " or a conversion to that"
+            )
+
+
+def name_of(path: Path) -> str:
+    """A parameter's path as a name: "layers.0.attention.qkv"."""
+    return ".".join(map(str, path))
+
+
+def _refuse(source: str, problems: list[str]) -> None:
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
         raise ValueError(f"{source} does not fit its config: {shown}")

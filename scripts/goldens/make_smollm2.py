@@ -16,7 +16,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-GREEDY_TOKENS = 40
+GREEDY_TOKENS = 200
 
 CHAT = [{"role": "user", "content": "Tell me about Richard Feynman"}]
 PROSE = (

@@ -58,6 +58,18 @@ MODELS = {
         max_window_layers=1,
         tie_word_embeddings=True,
     ),
+    "tiny_qwen3_yarn": transformers.Qwen3Config(
+        **COMMON,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 2.0,
+        },
+        head_dim=16,
+        tie_word_embeddings=True,
+    ),
     "tiny_qwen3_moe": transformers.Qwen3MoeConfig(
         **{**COMMON, "num_hidden_layers": 3},
         rope_parameters={"rope_theta": 3000.0},
@@ -85,31 +97,41 @@ IN_SHARDS = ("tiny_llama3",)
 
 
 @torch.no_grad()
-def make(name: str, config: transformers.PreTrainedConfig, out: Path) -> None:
-    """Writes one model and its logits."""
+def save_random(config: transformers.PreTrainedConfig, folder: Path, shard: str = "1GB") -> None:
+    """Writes a random model's config and bfloat16 weights."""
     torch.manual_seed(SEED)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+    # Larger than the default 0.02: attention must be far from uniform.
+    spread = 0.2 * (COMMON["hidden_size"] / config.hidden_size) ** 0.5
     for part, weight in model.named_parameters():
         if "norm" in part:
-            low = -0.5 if "gemma" in name else 0.5
+            low = -0.5 if "gemma" in config.model_type else 0.5
             weight.uniform_(low, low + 1)
         else:
-            # Larger than the default 0.02: attention must be far from uniform.
-            weight.normal_(0.0, 0.2)
-    model.to(torch.bfloat16).save_pretrained(
-        out / name, max_shard_size="16KB" if name in IN_SHARDS else "1GB"
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        out / name, dtype=torch.float32, attn_implementation="eager"
+            weight.normal_(0.0, spread)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    (folder / "generation_config.json").unlink()
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """A model that was written, in the implementation of attention that is plain torch."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
     ).eval()
+
+
+@torch.no_grad()
+def make(name: str, config: transformers.PreTrainedConfig, out: Path) -> None:
+    """Writes one model and its logits."""
+    save_random(config, out / name, "16KB" if name in IN_SHARDS else "1GB")
+    model = load(out / name)
     arrays = {}
     for index, length in enumerate(LENGTHS):
         ids = torch.randint(config.vocab_size, (length,))
         arrays[f"ids_{index}"] = ids.numpy().astype(np.int32)
         arrays[f"logits_{index}"] = model(ids[None]).logits[0].numpy()
     np.savez_compressed(out / name / "logits.npz", **arrays)
-    (out / name / "generation_config.json").unlink()
     print(name, model.num_parameters(), float(abs(arrays["logits_1"]).max()))
 
 

@@ -13,7 +13,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 HIDDEN, HEADS, KV_HEADS, MLP, LAYERS = 64, 4, 2, 96, 2
-HEAD_DIM = {"llama": 16, "qwen2": 16, "qwen3": 32, "gemma3": 32}
+EXPERTS, INNER = 6, 32
+HEAD_DIM = {"llama": 16, "qwen2": 16, "qwen3": 32, "qwen3moe": 32, "gemma3": 32}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}\n    {%- if m['role'] == 'wizard' %}"
@@ -71,7 +72,14 @@ def hf_weights(architecture: str, tied: bool) -> dict[str, np.ndarray]:
             "mlp.up_proj": (MLP, HIDDEN),
             "mlp.down_proj": (HIDDEN, MLP),
         }
-        if architecture in ("qwen3", "gemma3"):
+        if architecture == "qwen3moe":
+            parts = {part: shape for part, shape in parts.items() if "mlp." not in part}
+            parts["mlp.gate"] = (EXPERTS, HIDDEN)
+            for expert in range(EXPERTS):
+                parts[f"mlp.experts.{expert}.gate_proj"] = (INNER, HIDDEN)
+                parts[f"mlp.experts.{expert}.up_proj"] = (INNER, HIDDEN)
+                parts[f"mlp.experts.{expert}.down_proj"] = (HIDDEN, INNER)
+        if architecture in ("qwen3", "qwen3moe", "gemma3"):
             parts |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
         if architecture == "gemma3":
             parts |= {"pre_feedforward_layernorm": (HIDDEN,)}
@@ -119,7 +127,11 @@ def write_gguf(tmp_path: Path) -> Callable[..., WrittenGGUF]:
         writer.add_head_count_kv(KV_HEADS)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(75000.0)
-        if architecture in ("qwen3", "gemma3"):
+        if architecture == "qwen3moe":
+            writer.add_expert_count(EXPERTS)
+            writer.add_expert_used_count(3)
+            writer.add_expert_feed_forward_length(INNER)
+        if architecture in ("qwen3", "qwen3moe", "gemma3"):
             writer.add_key_length(HEAD_DIM[architecture])
             writer.add_value_length(HEAD_DIM[architecture])
         if architecture == "gemma3":
@@ -135,6 +147,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., WrittenGGUF]:
         weights = hf_weights(architecture, tied)
         read_back = {}
         for hf_name, weight in weights.items():
+            if ".experts." in hf_name:
+                continue
             stored_kind = Kind.F32 if weight.ndim == 1 else kind
             rows, undo = _stored_rows(architecture, hf_name, weight)
             # llama.cpp's converter stores the whole weight of Gemma's norms.
@@ -142,6 +156,12 @@ def write_gguf(tmp_path: Path) -> Callable[..., WrittenGGUF]:
             data = gguf.quants.quantize(rows + more, stored_kind)
             writer.add_tensor(_gguf_name(architecture, hf_name), data, raw_dtype=stored_kind)
             read_back[hf_name] = gguf.quants.dequantize(data, stored_kind)[undo] - more
+        for name in (n for n in weights if ".experts.0." in n):
+            each = [name.replace(".experts.0.", f".experts.{e}.") for e in range(EXPERTS)]
+            data = gguf.quants.quantize(np.stack([weights[n] for n in each]), kind)
+            stacked = name.replace(".experts.0.", ".experts.")
+            writer.add_tensor(_gguf_name(architecture, stacked), data, raw_dtype=kind)
+            read_back |= zip(each, gguf.quants.dequantize(data, kind), strict=True)
         edit(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

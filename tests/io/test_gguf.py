@@ -14,11 +14,18 @@ import jdet.io.gguf
 from jdet.io.checkpoint import open_checkpoint
 from jdet.io.errors import CheckpointError
 
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3",
+}  # to the family
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights(write_gguf, architecture, kind, monkeypatch):
     # Smaller than a tensor, and no multiple of its rows: blocks must join seamlessly.
     monkeypatch.setattr(jdet.io.gguf, "_CHUNK", 7 * 64)
@@ -140,6 +147,62 @@ def test_linear_rope_scaling(write_gguf):
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
+def test_yarn(write_gguf):
+    def edit(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(64)
+
+    config = open_checkpoint(write_gguf("qwen3moe", edit=edit).path).config
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert config["rope_scaling"] == scaling
+
+    def more(writer):
+        edit(writer)
+        writer.add_rope_scaling_yarn_ext_factor(0.5)
+
+    _refused(write_gguf(edit=more).path, "yarn_ext_factor", "not supported")
+
+
+def test_config_qwen3moe(write_gguf):
+    config = open_checkpoint(write_gguf("qwen3moe").path).config
+    wanted = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_experts_of_k_quants(write_gguf):
+    """What Q4_K_M files hold: each expert is a run of the stack's blocks."""
+    rng = np.random.default_rng(4)
+    for kind in (Kind.Q4_K, Kind.Q6_K):
+        raw = rng.integers(0, 100, (6, 8, 2 * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+
+        def edit(writer, raw=raw, kind=kind):
+            writer.add_tensor("blk.1.ffn_down_exps.bias", raw, raw_dtype=kind)
+
+        tensors = open_checkpoint(write_gguf("qwen3moe", edit=edit).path).tensors
+        for expert in range(6):
+            source = tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.bias"]
+            assert source.shape == (8, 512)
+            wanted = gguf.quants.dequantize(raw[expert], kind)
+            np.testing.assert_array_equal(source.read(np.float32), wanted)
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 64), (6, 64)])
+def test_another_number_of_experts(write_gguf, shape):
+    def edit(writer):
+        writer.add_tensor("blk.0.ffn_up_exps.bias", np.ones(shape, np.float32))
+
+    path = write_gguf("qwen3moe", edit=edit).path
+    _refused(path, "blk.0.ffn_up_exps.bias", str(shape), "must hold 6 matrices")
+
+
 def test_nothing_is_dequantised_before_read(write_gguf, monkeypatch):
     written = write_gguf(kind=Kind.Q4_0)
     sizes = []
@@ -174,7 +237,7 @@ def test_k_quants(write_gguf):
         np.testing.assert_array_equal(source.read(np.float32), gguf.quants.dequantize(raw, kind))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_model_is_that_of_a_folder(write_gguf, architecture, tmp_path, write_json):
     """The same parameters, shape and all, as from safetensors with the same configuration."""
     written = write_gguf(architecture, tied=architecture == "gemma3")
@@ -182,7 +245,7 @@ def test_model_is_that_of_a_folder(write_gguf, architecture, tmp_path, write_jso
     safetensors.numpy.save_file(written.weights, tmp_path / "model.safetensors")
     models = [jdet.load(str(path), dtype="float32") for path in (written.path, tmp_path)]
     assert models[0].config == models[1].config
-    assert models[0].config.family == architecture
+    assert models[0].config.family == ARCHITECTURES[architecture]
     states = [jax.tree.leaves(nnx.state(model.decoder)) for model in models]
     for ours, theirs in zip(*states, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -249,7 +312,7 @@ def test_other_architecture(write_gguf):
     def edit(writer):
         writer.kv_data[0]["general.architecture"].value = "gemma2"
 
-    _refused(write_gguf(edit=edit).path, "'gemma2'", "llama, qwen2, qwen3, gemma3")
+    _refused(write_gguf(edit=edit).path, "'gemma2'", "llama, qwen2, qwen3, qwen3moe, gemma3")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +320,7 @@ def test_other_architecture(write_gguf):
 )
 def test_unknown_tensor(write_gguf, name):
     written = write_gguf(edit=lambda writer: writer.add_tensor(name, np.ones((4, 32), np.float32)))
-    _refused(written.path, repr(name), "supported are dense llama decoders of 2 layers")
+    _refused(written.path, repr(name), "supported are llama decoders of 2 layers", "ffn_gate, ")
 
 
 def test_unsupported_values(write_gguf):
@@ -267,8 +330,8 @@ def test_unsupported_values(write_gguf):
     _refused(write_gguf(edit=add_i32).path, "I32")
     _refused(write_gguf(edit=lambda writer: writer.add_rope_dimension_count(8)).path, "RoPE")
     _refused(write_gguf(edit=lambda writer: writer.add_value_length(8)).path, "unequal width")
-    yarn = gguf.RopeScalingType.YARN
-    _refused(write_gguf(edit=lambda writer: writer.add_rope_scaling_type(yarn)).path, "'yarn'")
+    long = gguf.RopeScalingType.LONGROPE
+    _refused(write_gguf(edit=lambda writer: writer.add_rope_scaling_type(long)).path, "'longrope'")
 
 
 def test_missing_metadata(write_gguf):

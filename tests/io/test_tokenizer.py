@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from jdet.io.chat_template import ChatTemplate
 from jdet.io.checkpoint import open_checkpoint
 from jdet.io.errors import CheckpointError
 from jdet.io.tokenizer import Tokenizer
@@ -193,6 +195,44 @@ def test_chat_template(write_gguf):
         tokenizer.chat_prompt([{"role": "user"}])
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral"])
+def test_chats_are_those_of_transformers(goldens, name):
+    """Tools, tool calls and answers, system messages, variables; refusals (make_chats.py)."""
+    golden = json.loads((goldens / "chats.json").read_text(encoding="utf-8"))
+    template = ChatTemplate(golden["templates"][name], golden["tokens"], "here")
+    cases = [case for case in golden["cases"] if case["template"] == name]
+    assert len(cases) >= 16 and any("prompt" in case for case in cases)
+    for case in cases:
+        arguments = (
+            golden["conversations"][case["conversation"]],
+            case["add_generation_prompt"],
+            golden["tools"] if case["tools"] else None,
+            case["variables"],
+        )
+        if "error" in case:
+            with pytest.raises(CheckpointError, match=re.escape(case["error"])):
+                template.render(*arguments)
+        else:
+            assert template.render(*arguments) == case["prompt"], case
+
+
+def test_what_a_template_does_not_look_at_is_refused(write_gguf):
+    tokenizer = _tokenizer(write_gguf().path)
+    user = [{"role": "user", "content": "hi"}]
+    with pytest.raises(CheckpointError, match="no use for tools; it may be given nothing"):
+        tokenizer.chat_prompt(user, tools=[])
+    with pytest.raises(CheckpointError, match="no use for enable_thinking"):
+        tokenizer.chat_prompt(user, enable_thinking=False)
+    text = "{{ tools }}{% if enable_thinking is defined %}!{% endif %}{{ bos_token }}"
+    path = write_gguf(edit=lambda w: _set(w, "tokenizer.chat_template", text)).path
+    thinking = _tokenizer(path)
+    assert thinking.chat_prompt(user, tools=[{"a": 1}], enable_thinking=True).startswith(
+        "[{'a': 1}]!"
+    )
+    with pytest.raises(CheckpointError, match="for thinking; it may be given enable_th.*, tools$"):
+        thinking.chat_prompt(user, thinking=True)
+
+
 @pytest.mark.parametrize(
     "template", ["{% for %}", "{{ messages.__class__.__mro__ }}", "{{ 1 / 0 }}"]
 )
@@ -238,6 +278,50 @@ def test_folder(folder):
     prompt = tokenizer.chat_prompt([{"role": "user", "content": "<é>"}])
     assert prompt == '<|endoftext|>{"role": "user", "content": "<é>"}'
     assert tokenizer.encode(prompt).count(0) == 1
+
+
+def _assert_same(tokenizer, other, texts):
+    assert tokenizer.vocab_size == other.vocab_size
+    assert tokenizer.eos_token_ids == other.eos_token_ids
+    assert tokenizer.has_chat_template == other.has_chat_template
+    for text in texts:
+        ids = other.encode(text)
+        assert tokenizer.encode(text) == ids, text
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip) == other.decode(ids, skip), text
+
+
+def _saved(tokenizer, folder):
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    return Tokenizer.from_folder(folder)
+
+
+def test_saved_smollm2(smollm2, golden, tmp_path):
+    saved = _saved(smollm2, tmp_path)
+    _assert_same(saved, smollm2, [entry["text"] for entry in golden["strings"]])
+    for entry in golden["chats"]:
+        assert (
+            saved.chat_prompt(entry["messages"], entry["add_generation_prompt"])
+            == (entry["prompt"])
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_saved_sentencepiece(goldens, kind, tmp_path):
+    """BOS by a post-processor in the file, which the GGUF's has not."""
+    golden = json.loads((goldens / "sentencepiece.json").read_text(encoding="utf-8"))[kind]
+    tokenizer = _sentencepiece(golden)
+    texts = [entry["text"] for entry in golden["strings"]]
+    _assert_same(_saved(tokenizer, tmp_path), tokenizer, texts)
+
+
+def test_saved_folder(folder, tmp_path):
+    tokenizer = Tokenizer.from_folder(folder)
+    saved = _saved(tokenizer, tmp_path / "saved")
+    _assert_same(saved, tokenizer, ["hello world", "", "<|im_start|>he"])
+    messages = [{"role": "user", "content": "<é>"}]
+    assert saved.chat_prompt(messages) == tokenizer.chat_prompt(messages)
 
 
 def test_folder_without_the_other_files(folder):

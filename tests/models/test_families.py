@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,7 @@ NAMES = (
     "tiny_llama_linear",
     "tiny_mistral",
     "tiny_qwen2",
+    "tiny_qwen3_yarn",
     "tiny_qwen3_moe",
     "tiny_gemma3",
 )
@@ -153,6 +155,40 @@ def test_llama3_frequencies_meet_their_definition() -> None:
     assert (ratio[turns >= 4] == 1).all() and np.allclose(ratio[turns <= 1], 1 / 8)
     between = (turns > 1) & (turns < 4)
     assert between.any() and ((ratio[between] > 1 / 8) & (ratio[between] < 1)).all()
+
+
+def test_yarn_in_both_spellings_of_qwen() -> None:
+    """Qwen2.5's recipe says `type`, Qwen3's `rope_type`; neither raises the maximum."""
+    recipe = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    for name, key in (("Qwen2.5-7B", "type"), ("Qwen3-8B", "rope_type")):
+        published = FAMILIES["qwen2" if key == "type" else "qwen3"].published[name]
+        scaled = DecoderConfig.from_hf({**published, "rope_scaling": {key: "yarn", **recipe}})
+        assert scaled.max_position_embeddings == 131072
+        assert scaled.rope.attention_factor == 0.1 * np.log(4) + 1
+        ratio = CONFIGS[name].rope.frequencies(128) / scaled.rope.frequencies(128)
+        assert ratio[0] == 1 and ratio[-1] == 4 and (np.diff(ratio) >= 0).all()
+    # A window as long as the unscaled context hides keys of the scaled one.
+    windows = {"use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 0}
+    scaling = {"rope_type": "yarn", **recipe}
+    long = {**FAMILIES["qwen2"].published["Qwen2.5-0.5B"], **windows}
+    assert set(DecoderConfig.from_hf(long).windows) == {None}
+    assert set(DecoderConfig.from_hf({**long, "rope_scaling": scaling}).windows) == {32768}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"beta_fast": 0.5}, "beta_fast=0.5, beta_slow=1.0"),
+        ({"factor": 0.5}, "factor=0.5"),
+        ({"factor": None}, "factor=None"),
+        ({"mscale": "x", "mscale_all_dim": 1.0}, "mscale='x'"),
+    ],
+)
+def test_yarn_that_cannot_be_meant_is_refused(change: dict[str, Any], words: str) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, **change}
+    config = {**FAMILIES["qwen3"].published["Qwen3-8B"], "rope_scaling": scaling}
+    with pytest.raises(ValueError, match=words):
+        DecoderConfig.from_hf(config)
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,19 @@ def test_smollm2_writes_the_text_of_transformers() -> None:
         [{"role": "user", "content": "Tell me about Richard Feynman"}]
     )
     assert model.tokenizer.encode(prompt) == golden["chat_ids"].tolist()
-    wanted = golden["chat_greedy"].tolist()
+    wanted = golden["chat_greedy"][:40].tolist()
     (completion,) = jdet.generate(
         model, [prompt], SamplingParams(temperature=0, max_tokens=len(wanted))
     )
     assert completion.token_ids == wanted
     assert completion.text == model.tokenizer.decode(wanted)
+
+
+def test_smollm2_chooses_the_200_tokens_of_transformers() -> None:
+    """Greedy text, from one prefill of it: after each token, the next is the argmax."""
+    golden = np.load(GOLDENS / "smollm2_logits.npz")
+    prompt, wanted = golden["chat_ids"], golden["chat_greedy"]
+    # Where the second best is nearer than two implementations round, either may be chosen.
+    assert len(wanted) == 200 and golden["chat_greedy_margins"].min() > 2 * TOLERANCE
+    logits = logits_of(smollm2(), np.concatenate([prompt, wanted[:-1]]))
+    assert (logits[len(prompt) - 1 :].argmax(-1) == wanted).all()
