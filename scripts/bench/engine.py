@@ -1,7 +1,7 @@
 """The engine under load against one request at a time, and against plain XLA.
 
-    python scripts/bench/engine.py [--model M | --shape S] [--requests N] [--concurrent N]
-        [--load PROMPTS:OUTPUTS ...] [--dtype D] [--xla xla|cudnn] [--json FILE]
+    python scripts/bench/engine.py [--model M | --shape S [--layers N]] [--requests N]
+        [--concurrent N] [--load PROMPTS:OUTPUTS ...] [--dtype D] [--xla xla|cudnn] [--json FILE]
 
 One process; every engine is warmed up first, and serves each load: `--load 16-128:16-64` draws
 the lengths of prompts and outputs uniformly. Time to first token is from submission, all requests
@@ -29,6 +29,7 @@ from timing import copy_rate, environment, events_of  # pyright: ignore[reportMi
 
 import jdet
 from jdet import Engine, EngineConfig, SamplingParams
+from jdet.models.config import CONFIGS
 from jdet.models.load import LanguageModel
 
 PROFILED = 40  # steps
@@ -112,6 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--shape", help="a published shape with random weights, in its place")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrent", type=int, default=32)
@@ -129,11 +131,13 @@ def main() -> int:
     args = parser.parse_args()
     gpu = jax.default_backend() == "gpu"
     copy = copy_rate() if gpu else None
-    model = (
-        jdet.random_model(args.shape, dtype=args.dtype)
-        if args.shape
-        else jdet.load(args.model, dtype=args.dtype)
-    )
+    if args.shape:
+        config = CONFIGS[args.shape]
+        layers = args.layers or config.num_hidden_layers
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+        model = jdet.random_model(config, dtype=args.dtype)
+    else:
+        model = jdet.load(args.model, dtype=args.dtype)
     loads = {name: draw(model, args.requests, name) for name in args.load}
     longest = max(len(p) + n for load in loads.values() for p, n in load)
     weights = sum(x.nbytes for x in jax.tree.leaves(model.decoder))
@@ -142,6 +146,7 @@ def main() -> int:
     report: dict[str, Any] = {
         **environment(),
         "model": f"{args.shape} (random weights)" if args.shape else args.model,
+        "layers": model.config.num_hidden_layers,
         "fingerprint": model.ops.fingerprint,
         "copy_bytes_per_s": copy,
         "rows": [],
