@@ -182,8 +182,8 @@ def ran(r: Result) -> str:
     if r.lengths:
         parts.append(f"prompts of {_range(r.lengths)}")
     parts += [f"{r.cuts} ways to cut"] if r.cuts > 1 else []
-    parts += [f"{r.hits} hits"] if r.hits else []
-    parts += [f"{r.preemptions} preemptions"] if r.preemptions else []
+    parts += [f"hits: {r.hits}"] if r.hits else []
+    parts += [f"preemptions: {r.preemptions}"] if r.preemptions else []
     return ", ".join(parts)
 
 

@@ -52,11 +52,17 @@ class Layers:
         return {**dataclasses.asdict(self), "said": str(self)}
 
 
-def layers_of(bench: Bench, case: Case, request: int) -> Layers:
-    """Run a case and the request alone once more, and compare what they leave in the cache."""
+def layers_of(bench: Bench, case: Case, request: int) -> Layers | None:
+    """Run a case and the request alone once more, and compare what they leave in the cache.
+
+    None where the case ends without it there (`Bench.cached`).
+    """
     sent = case.requests[request]
-    alone_case = Case("", 0, (dataclasses.replace(sent, arrive=0),))
-    (got, tokens), (alone, wanted) = bench.cached(case, request), bench.cached(alone_case, 0)
+    alone_case = Case("", 0, (dataclasses.replace(sent, arrive=0, cancel=None),))
+    left = bench.cached(case, request), bench.cached(alone_case, 0)
+    if left[0] is None or left[1] is None:
+        return None
+    (got, tokens), (alone, wanted) = left
     count = min(got[0][0].shape[1], alone[0][0].shape[1])
     # The generated tokens are in the cache too, and may be others here.
     pairs = enumerate(zip(tokens, wanted, strict=False))

@@ -117,6 +117,10 @@ def _plot(ulps: Sequence[float]) -> dict[str, Any]:
         "width": _WIDTH,
         "bar": round(max(1.0, step * 0.7), 1),
         "bars": bars,
-        "ticks": [(height(m), f"{m:.3g}") for m in marks if math.log2(1 + m) <= top],
+        "ticks": [
+            (height(m), f"{m:.0f}" if m < 1e5 else f"{m:.0e}")
+            for m in marks
+            if math.log2(1 + m) <= top
+        ],
         "names": [(round(65 + (i + 0.35) * step, 1), str(i)) for i in range(0, len(ulps), every)],
     }

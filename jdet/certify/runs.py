@@ -124,11 +124,13 @@ class Bench:
         else:
             self.run(case)
 
-    def cached(self, case: Case, request: int) -> tuple[Cached, list[int]]:
-        """The request's keys and values, by layer, as its last step leaves them; its tokens."""
+    def cached(self, case: Case, request: int) -> tuple[Cached, list[int]] | None:
+        """The request's keys and values, by layer, as its last step leaves them; its tokens.
+
+        None where it was cancelled before, or had given its pages back.
+        """
         completions, _, found = self._engine(case, snapshot=request)
-        assert found is not None, "the request never came to its last step"
-        return found, completions[request].token_ids
+        return None if found is None else (found, completions[request].token_ids)
 
     def occurred(self, guarantee: str, sent: Sent, seen: Seen) -> bool:
         """Whether the engine formed, around this request, what the guarantee is about."""

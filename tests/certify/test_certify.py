@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 
 import jdet
-from jdet.certify import Certificate, certification, certify, runs
+from jdet.certify import Certificate, campaign, certify, runs
 from jdet.certify.cases import COMPOSED, Case, Sent, make_case, make_pool
 from jdet.certify.page import render
 from jdet.certify.runs import Bench
 from jdet.certify.schedules import self_test
+from jdet.certify.second_process import Recipe, SecondProcess, bits_of
 from jdet.certify.shrinking import shrink
+from jdet.cli import main
 from jdet.engine.device import Device
 from jdet.engine.request import Request
 from jdet.engine.scheduler import Plan, Scheduler
@@ -53,8 +56,8 @@ def run(counts: dict[str, int], **first: Any) -> Certificate:
 def quick() -> Iterator[None]:
     """Schedules are tested by themselves, and shrinking has five seconds a failure."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certification, "self_test", lambda model, more: [])
-        patch.setattr(certification, "_SHRINK", 0.0)
+        patch.setattr(campaign, "self_test", lambda model, more: [])
+        patch.setattr(campaign, "_SHRINK", 0.0)
         yield
 
 
@@ -293,6 +296,7 @@ def test_schedules_agree_and_a_bad_one_is_named(monkeypatch: pytest.MonkeyPatch)
         ({"minutes": 0}, "minutes=0; allowed: above 0"),
         ({"batch": 2}, "batch=2; allowed: integers from 4"),
         ({"seed": -1}, "seed=-1; allowed: integers from 0"),
+        ({"compositions": 0}, "compositions=0; allowed: from 1"),
         ({"replay": {"verdict": "PASS"}}, "replay: not what"),
     ],
 )
@@ -301,3 +305,64 @@ def test_bad_input(given: dict[str, Any], told: str) -> None:
         certify(model(), **given)
     with pytest.raises(ValueError, match="unknown shape"):
         certify("Qwen9", random_weights=True)
+
+
+def test_a_second_process(clean: Certificate) -> None:
+    folder = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
+    recipe = Recipe(str(folder), False, "bfloat16", "portable")
+    pool = make_pool(0, 160, 512)
+    sent = [Sent(*pool.short[1]), Sent(*pool.short[-1])]
+    with (
+        SecondProcess(recipe, sent, BATCH) as child,
+        SecondProcess(dataclasses.replace(recipe, model="no.gguf"), sent, BATCH) as lost,
+    ):
+        assert "not done in the time" in child.results(0)
+        bench = Bench(recipe.make(), BATCH)
+        own = [bench.alone(s.prompt, s.sampling) for s in sent]
+        assert child.results(300) == [bits_of(c.token_ids, c.logprobs) for c in own]
+        assert "failed with status 1: ValueError" in lost.results(300)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(["certify", *arguments])
+    out = capsys.readouterr()
+    return status, out.out + out.err
+
+
+def test_the_command(
+    clean: Certificate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def done(*args: Any, **kwargs: Any) -> Certificate:
+        asked.append((args, kwargs))
+        return answers.pop(0)
+
+    monkeypatch.setattr("jdet.certify.certify", done)
+    source = {"model": "some.gguf", "shape": None}
+    sound = dataclasses.replace(clean, settings={**clean.settings, "source": source})
+    answers = [sound, dataclasses.replace(sound, stopped="interrupted"), sound]
+    report, page = tmp_path / "r.json", tmp_path / "r.html"
+    files = ["--json", str(report), "--html", str(page)]
+    status, told = printed(capsys, "--guarantees", "G1, G4", "--minutes", "2", *files)
+    assert status == 0 and "PASS: qwen3" in told and "G4" in told
+    assert asked[0][1]["guarantees"] == ["G1", "G4"] and asked[0][1]["minutes"] == 2
+    assert json.loads(report.read_text())["verdict"] == "PASS"
+    assert f"--replay {report}" in page.read_text()
+    status, told = printed(capsys, "--shape", "Qwen3-8B")
+    assert status == 1 and "INCOMPLETE" in told and asked[1][0] == ("Qwen3-8B",)
+    status, _ = printed(capsys, "--replay", str(report))
+    assert asked[2][0] == ("some.gguf",) and asked[2][1]["replay"]["sha256"] == clean.sha256
+    page.write_text("{}")
+    for given, told in (
+        (["--model", "a", "--shape", "b"], "give one of them"),
+        (["--replay", str(report), "--seed", "1"], "from the report"),
+        (["--replay", str(tmp_path / "none")], "no such file"),
+        (["--other", str(page)], "not a report of jdet certify"),
+        (["--json", str(tmp_path / "no" / "r.json")], "there is no folder"),
+    ):
+        status, said = printed(capsys, *given)
+        assert status == 2 and told in said
