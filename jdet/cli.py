@@ -5,6 +5,7 @@ jax is imported inside the commands: `jdet --help` and a mistyped option answer 
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -309,6 +310,7 @@ def certify(
         replay=known,
         other=_report(other, "--other"),
     )
+    found.settings["command"] = shlex.join(["jdet", *sys.argv[1:]])
     if json_file is not None:
         json_file.write_text(found.dumps() + "\n", encoding="utf-8")
     if html is not None:

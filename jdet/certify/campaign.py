@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jdet.certify.cases import COMPOSED, Case, Needle, Sent, make_case, make_pool
+from jdet.certify.cases import COMPOSED, LONGEST, Case, Needle, Sent, make_case, make_pool
 from jdet.certify.certificate import FAIL, NOT_TESTED, PASS, Certificate, Result
 from jdet.certify.layers import layers_of
 from jdet.certify.runs import Bench, Ran
@@ -47,12 +47,12 @@ class Campaign:
         self.seed, self.batch = settings["seed"], settings["batch"]
         self.start, self.seconds = start, 60 * settings["minutes"]
         config = model.config
-        self.pool = make_pool(self.seed, config.vocab_size, config.max_position_embeddings)
-        if not self.pool.long:
+        if config.max_position_embeddings < LONGEST:
             raise ValueError(
                 f"{model.name} has a context of {config.max_position_embeddings} tokens; certify "
-                "needs prompts that cross a split of attention's keys"
+                f"needs {LONGEST}, to cross a split of attention's keys"
             )
+        self.pool = make_pool(self.seed, config.vocab_size)
         self.bench = Bench(model, self.batch)
         self.plain = Bench(model.with_ops(implementation="xla"), self.batch)
         self.heat: collections.Counter[tuple[int, int, bool]] = collections.Counter()

@@ -17,6 +17,8 @@ SHORT = (1, 2, 7, 8, 9, 15, 16)
 MIDDLE = (17, 33, 63, 64, 65, 120)
 # Around the end of a split of attention's keys, and of a few pages.
 LONG = (255, 256, 257, 300)
+# Prompt and completion together, at most.
+LONGEST = 320
 # The arrival of those that wait until nothing runs.
 LATER = 10_000
 
@@ -27,7 +29,8 @@ class Sent:
 
     Attributes:
       prompt, sampling: as `Engine.submit` takes them.
-      arrive: the step at which it is sent; where nothing runs, the next ones come at once.
+      arrive: the step at which it is sent, after those before it; where nothing runs, the next
+        one comes at once.
       cancel: the step at which it is cancelled.
       read: so many of the prompt's last tokens were generated in a run alone: they, and what
         comes behind them, must be what that run gave.
@@ -110,8 +113,8 @@ class Pool:
         return tuple(n for n in self.all if n[1].temperature == 0)
 
 
-def make_pool(seed: int, vocab_size: int, context_length: int) -> Pool:
-    """The pool of a seed; prompts too long for the model are left out."""
+def make_pool(seed: int, vocab_size: int) -> Pool:
+    """The pool of a seed."""
     lengths = [*SHORT, *SHORT, *MIDDLE, *LONG]
     drawn = compose(
         seed,
@@ -130,9 +133,7 @@ def make_pool(seed: int, vocab_size: int, context_length: int) -> Pool:
         cut = {"top_p": mate.top_p, "top_k": mate.top_k, "min_p": mate.min_p or 0.01}
         greedy = i < len(SHORT) or i % 2
         own: dict[str, Any] = {"temperature": 0.0} if greedy else {**hot, **cut}
-        if length + TOKENS <= context_length:
-            sampling = SamplingParams(**own, max_tokens=TOKENS, ignore_eos=True)
-            needles.append((prompt, sampling))
+        needles.append((prompt, SamplingParams(**own, max_tokens=TOKENS, ignore_eos=True)))
 
     def among(these: Sequence[int]) -> tuple[Needle, ...]:
         return tuple(n for n in needles if len(n[0]) in these)
@@ -142,22 +143,21 @@ def make_pool(seed: int, vocab_size: int, context_length: int) -> Pool:
 
 def _pages(batch: int) -> int:
     """Pages of the cache: a full batch of short requests beside a long one fits, no more."""
-    return 2 * batch + -(-(LONG[-1] + TOKENS) // 16)
+    return 2 * batch + LONGEST // 16
 
 
-def engine_config(batch: int, context_length: int, *, prefix_caching: bool) -> EngineConfig:
+def engine_config(batch: int, *, prefix_caching: bool) -> EngineConfig:
     """One engine for all cases: few shapes, since their compiles are most of the time."""
-    length = min(-(-(LONG[-1] + TOKENS) // 16) * 16, context_length)
     heights = (1, 4) if batch <= 16 else (1, 16)
     return EngineConfig(
         max_batch_size=batch,
         max_tokens_per_step=heights[1] * CHUNKS[0] + batch,
-        max_model_len=length,
+        max_model_len=LONGEST,
         page_size=16,
         num_pages=_pages(batch),
         chunk_sizes=CHUNKS,
         chunk_rows=heights,
-        decode_rows=(1, batch) if batch > 1 else (1,),
+        decode_rows=(1, batch),
         prefix_caching=prefix_caching,
         max_logit_bias=0,
     )
@@ -207,7 +207,6 @@ def _chunks(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
     before = [rng.choice(pool.short) for _ in range(rng.randint(1, min(5, batch - 2)))]
     after = [rng.choice(pool.short + pool.middle) for _ in range(rng.randint(0, 1))]
     sent = [*(_sent(n) for n in before), _sent(target), *(_sent(n) for n in after)]
-    # The longer the row of short ones, the more of the long prompt comes in short chunks.
     return {"requests": tuple(sent)}
 
 

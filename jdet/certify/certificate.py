@@ -81,7 +81,8 @@ class Certificate:
     Attributes:
       subject: model, implementation, dtype, contract, fingerprint.
       environment: device, versions, compiler options, XLA_FLAGS.
-      settings: seed, minutes, batch: what a replay needs.
+      settings: seed, minutes, batch, guarantees: what a replay needs; by the command, also the
+        model's source and the command.
       guarantees: all eleven.
       schedules: of each op, or {"reason": why not}.
       control: what plain XLA did with the same compositions.

@@ -59,10 +59,10 @@ def layers_of(bench: Bench, case: Case, request: int) -> Layers | None:
     """
     sent = case.requests[request]
     alone_case = Case("", 0, (dataclasses.replace(sent, arrive=0, cancel=None),))
-    left = bench.cached(case, request), bench.cached(alone_case, 0)
-    if left[0] is None or left[1] is None:
+    here, there = bench.cached(case, request), bench.cached(alone_case, 0)
+    if here is None or there is None:
         return None
-    (got, tokens), (alone, wanted) = left
+    (got, tokens), (alone, wanted) = here, there
     count = min(got[0][0].shape[1], alone[0][0].shape[1])
     # The generated tokens are in the cache too, and may be others here.
     pairs = enumerate(zip(tokens, wanted, strict=False))

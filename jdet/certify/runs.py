@@ -81,7 +81,6 @@ class Bench:
 
     def __init__(self, model: LanguageModel, batch: int) -> None:
         self.model, self.batch = model, batch
-        self.context = model.decoder.config.max_position_embeddings
         self.compiles = 0
         self._alone: dict[tuple[tuple[int, ...], SamplingParams], tuple[Completion, Seen]] = {}
 
@@ -109,8 +108,8 @@ class Bench:
             prompts = [list(s.prompt) for s in case.requests]
             params, rows = [s.sampling for s in case.requests], len(prompts)
             completions = generate(self.model, prompts, params, batch_size=rows)
-            # It reads the shortest first, all of them in one engine of its own shape.
-            seen = [Seen(rows, kinds=len(set(params)), shapes=frozenset({(0, 0, 0)}))] * rows
+            # In an engine of its own: other pages and shapes than the runs alone had.
+            seen = [Seen(rows, shapes=frozenset({(0, 0, 0)}))] * rows
         else:
             completions, seen, _ = self._engine(case)
         pairs = enumerate(zip(case.requests, completions, strict=True))
@@ -157,7 +156,7 @@ class Bench:
         self, case: Case, snapshot: int | None = None
     ) -> tuple[list[Completion], list[Seen], Cached | None]:
         plans: list[Plan] = []
-        config = engine_config(self.batch, self.context, prefix_caching=case.prefix_caching)
+        config = engine_config(self.batch, prefix_caching=case.prefix_caching)
         engine = Engine(self.model, config, cache_fill=float("nan"), watch=plans.append)
         waiting = list(enumerate(case.requests))
         handles: dict[int, Handle] = {}

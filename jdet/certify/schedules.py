@@ -36,7 +36,7 @@ class OpSchedules:
       compared: so many of them were compared with the others, in one case or more; the rest was
         not reached in the time.
       cases: those that ran ("9 rows").
-      differ: "case: schedule", those with other bits than the first.
+      differ: "case: schedule", those with other bits than the first, or that do not run.
     """
 
     op: str
@@ -97,16 +97,29 @@ def _in_turns(groups: Sequence[_Group]) -> list[_Group]:
 
 
 def _differ(group: _Group, pool: ThreadPoolExecutor, options: dict[str, Any]) -> list[str]:
-    """The schedules whose bits are not those of the first."""
-    # Traced here, compiled side by side: XLA compiles on one core and without the GIL.
-    lowered = {
-        name: jax.jit(way, compiler_options=options).lower(*group.inputs)
-        for name, way in group.ways.items()
-    }
-    compiled = {name: pool.submit(x.compile) for name, x in lowered.items()}
-    differ, first = [], None
+    """The schedules whose bits are not those of the first, and those that do not run."""
+    differ: list[str] = []
+    compiled: dict[str, Any] = {}
+
+    def told(name: str, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        differ.append(f"{group.case}: {name} does not run: {type(error).__name__}: {reason}")
+
+    for name, way in group.ways.items():
+        try:
+            # Traced here, compiled side by side: XLA compiles on one core and without the GIL.
+            lowered = jax.jit(way, compiler_options=options).lower(*group.inputs)
+        except Exception as error:
+            told(name, error)
+        else:
+            compiled[name] = pool.submit(lowered.compile)
+    first = None
     for name, future in compiled.items():
-        out = jax.tree.leaves(jax.device_get(future.result()(*group.inputs)))
+        try:
+            out = jax.tree.leaves(jax.device_get(future.result()(*group.inputs)))
+        except Exception as error:
+            told(name, error)
+            continue
         bits = [bit_patterns(x) for x in out]
         first = first or bits
         if any((a != b).any() for a, b in zip(first, bits, strict=True)):

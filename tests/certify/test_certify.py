@@ -215,7 +215,7 @@ def test_the_smallest_reproduction() -> None:
 
 
 def test_cases_are_functions_of_the_seed() -> None:
-    pool = make_pool(1, 160, 2048)
+    pool = make_pool(1, 160)
     assert {len(p) for p, _ in pool.all} >= {1, 15, 16, 17, 63, 64, 65, 255, 256, 257}
     make = functools.partial(make_case, pool=pool, batch=BATCH, tokens_of=lambda n: [1] * 12)
     for name in COMPOSED:
@@ -281,11 +281,16 @@ def test_schedules_agree_and_a_bad_one_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         portable,
         "dot_tiled",
-        lambda x, w, tile: tiled(x[:, ::-1], w[:, ::-1], tile) if tile == 16 else tiled(x, w, tile),
+        lambda x, w, tile: {
+            8: lambda: tiled(x, w[:1, :1], tile),
+            16: lambda: tiled(x[:, ::-1], w[:, ::-1], tile),
+            64: lambda: tiled(x, w, tile),
+        }[tile](),
     )
     left = iter([True, False])
     bad = next(op for op in self_test(model(), lambda: next(left)) if op.op == "matmul")
-    assert bad.differ and {d.split(": ")[1] for d in bad.differ} == {"tiled 16"}
+    lost, other = bad.differ
+    assert "tiled 8 does not run: TypeError" in lost and other.endswith(": tiled 16")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +315,7 @@ def test_bad_input(given: dict[str, Any], told: str) -> None:
 def test_a_second_process(clean: Certificate) -> None:
     folder = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
     recipe = Recipe(str(folder), False, "bfloat16", "portable")
-    pool = make_pool(0, 160, 512)
+    pool = make_pool(0, 160)
     sent = [Sent(*pool.short[1]), Sent(*pool.short[-1])]
     with (
         SecondProcess(recipe, sent, BATCH) as child,
