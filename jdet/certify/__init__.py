@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from jdet.certify.auditing import audit as audit
     from jdet.certify.bisection import Bisection as Bisection
     from jdet.certify.bisection import bisect as bisect
+    from jdet.certify.certificate import Certificate as Certificate
+    from jdet.certify.certification import certify as certify
     from jdet.certify.targets import without_device as without_device
 
 _HOME = {
     "Audit": "jdet.certify.auditing",
     "BatchVariance": "jdet.certify.assertions",
     "Bisection": "jdet.certify.bisection",
+    "Certificate": "jdet.certify.certificate",
     "assert_batch_invariant": "jdet.certify.assertions",
     "assert_same_bits": "jdet.certify.assertions",
     "audit": "jdet.certify.auditing",
     "bisect": "jdet.certify.bisection",
+    "certify": "jdet.certify.certification",
     "without_device": "jdet.certify.targets",
 }
 

@@ -82,6 +82,7 @@ class Audit:
       ours: operations inside jdet's ops, by source; their trees are written down and tested.
       kernels: Mosaic kernels, by name.
       options: compiled with.
+      failed: sizes that could not be compiled, and why.
     """
 
     platform: str
@@ -91,11 +92,12 @@ class Audit:
     ours: dict[str, int]
     kernels: dict[str, int]
     options: dict[str, Any]
+    failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def certified(self) -> bool:
-        """Outside of fixed trees no sum changes its structure at these sizes."""
-        return not self.findings
+        """All sizes were compiled, and outside of fixed trees no sum changes its structure."""
+        return not self.findings and not self.failed
 
     @property
     def verdict(self) -> str:
@@ -103,7 +105,10 @@ class Audit:
         where = f"at batch sizes {', '.join(map(str, self.sizes))} on {self.platform}"
         if self.certified:
             return f"CERTIFIED {where}"
-        return f"{len(self.findings)} can make a row follow the batch, {where}"
+        told = f"{len(self.findings)} can make a row follow the batch, {where}"
+        if self.failed:
+            told += f"; not compiled at {', '.join(map(str, self.failed))}"
+        return told
 
     def table(self) -> Table:
         """The findings, for `rich`."""
@@ -121,6 +126,8 @@ class Audit:
         console = Console(width=140, color_system=None)
         with console.capture() as captured:
             console.print(self.table() if self.findings else self.verdict, markup=False)
+            for size, why in self.failed.items():
+                console.print(f"batch size {size} could not be compiled: {why}", markup=False)
             if self.unchanged:
                 console.print(f"the same at all sizes: {', '.join(self.unchanged)}", markup=False)
             if self.ours or self.kernels:
@@ -157,42 +164,46 @@ def audit(
       place: for a device that is not here, `jdet.certify.without_device(...)`.
 
     Raises:
-      ValueError: sizes are not two different ones from 1 up; fn cannot be compiled at one
-        (what was found until then is lost: the message names the size).
+      ValueError: sizes are not two different ones from 1 up; or fewer than two of them can be
+        compiled (a function that cannot be traced, say). Others that cannot, since the device
+        has no room for them or they do not fit the function, stand in `failed`.
     """
     sizes = tuple(int(n) for n in sizes)
     if len(set(sizes)) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes={sizes}: give two different batch sizes or more, from 1 up")
     jitted: Any = fn if hasattr(fn, "lower") else jax.jit(fn, compiler_options=compiler_options)
-    texts, platform = {}, ""
+    texts, failed, platform = {}, {}, ""
     for size in sizes:
-        arguments = tuple(make_args(size))
         try:
-            wanted = jitted.lower(*(place(arguments) if place else arguments))
-            compiled = wanted.compile()
+            arguments = tuple(make_args(size))
+            compiled = jitted.lower(*(place(arguments) if place else arguments)).compile()
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{getattr(fn, '__name__', fn)} cannot be compiled at batch size {size}: "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+            # The others are worth reporting without it.
+            failed[size] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
         texts[size] = compiled.as_text()
         platform = _platform(compiled, platform)
+    if len(texts) < 2:
+        name = getattr(fn, "__name__", fn)
+        told = "; ".join(f"at batch size {size}: {why}" for size, why in failed.items())
+        raise ValueError(f"{name} cannot be compiled {told}; two sizes are needed to compare")
+    compiled_sizes = tuple(texts)
     found = {size: lowered(text) for size, text in texts.items()}
     findings, unchanged = _judge(found)
-    ours = collections.Counter(x.source for x in found[sizes[-1]] if x.ours)
+    ours = collections.Counter(x.source for x in found[compiled_sizes[-1]] if x.ours)
     options = dict(compiler_options or {})
     # Without excess precision every rounding is made, wherever XLA puts it.
     if str(options.get("xla_allow_excess_precision")).lower() != "false":
         findings += _roundings(texts)
     return Audit(
         platform=platform,
-        sizes=sizes,
+        sizes=compiled_sizes,
         findings=tuple(findings),
         unchanged=tuple(unchanged),
         ours=dict(ours),
-        kernels=dict(kernels(texts[sizes[-1]])),
+        kernels=dict(kernels(texts[compiled_sizes[-1]])),
         options=options,
+        failed=failed,
     )
 
 

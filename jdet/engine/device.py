@@ -76,6 +76,17 @@ class Device:
             chosen = self._choose(ends, self._emits(plan), asks)
         return Results(chosen, prompt)
 
+    def cached(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values of a running request's computed positions, by layer."""
+        pages = np.array(request.pages, np.int32)
+
+        def of(layer: jax.Array) -> np.ndarray:
+            found = np.asarray(layer[pages]).swapaxes(0, 1)
+            return found.reshape(len(found), -1, found.shape[-1])[:, : request.computed]
+
+        cache = self._cache
+        return [(of(k), of(v)) for k, v in zip(cache.k, cache.v, strict=True)]
+
     def warm_up(self, sampling: Sequence[SamplingParams] | None) -> None:
         """Compile the programs that requests with these parameters may meet; None: all.
 

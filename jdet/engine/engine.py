@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ class Engine:
       model: as from `jdet.load`.
       config: sizes; default: `EngineConfig()`.
       cache_fill: the value of unused cache slots; tests poison them with NaN.
+      watch: called with every step's plan as it is sent, to see what was composed.
 
     Raises:
       ValueError: sizes that do not fit the model.
@@ -48,6 +49,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         cache_fill: float = 0.0,
+        watch: Callable[[Plan], object] = lambda plan: None,
     ) -> None:
         if model.ops.implementation != "xla":
             check_environment()
@@ -59,6 +61,7 @@ class Engine:
         self._eos = () if model.tokenizer is None else model.tokenizer.eos_token_ids
         self._device = Device(model.decoder, model.ops, self.config, self._eos, cache_fill)
         self._scheduler = Scheduler(self.config)
+        self._watch = watch
         self._sent: collections.deque[tuple[Plan, Results]] = collections.deque()
         self._stops: dict[Request, StopStrings] = {}
         self._arrivals = 0
@@ -136,6 +139,7 @@ class Engine:
         """
         plan = self._scheduler.schedule()
         if plan is not None:
+            self._watch(plan)
             self._sent.append((plan, self._device.run(plan)))
         if self._sent and (plan is None or len(self._sent) > 1):
             self._see(*self._sent.popleft())
@@ -161,6 +165,18 @@ class Engine:
         if not handle.done:
             raise ValueError(f"{handle.request_id} is not done")
         return [self._completion(handle, request) for request in handle.requests]
+
+    def cached(self, handle: Handle) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values of a handle's first sample, by layer: [Hkv, tokens, D].
+
+        Those of all positions that the steps sent so far compute; this waits for the device.
+
+        Raises:
+          ValueError: it is not running, so that the cache need not hold them.
+        """
+        if handle.requests[0].slot is None:
+            raise ValueError(f"{handle.request_id} is not running; its pages are given back")
+        return self._device.cached(handle.requests[0])
 
     def generate(
         self,

@@ -103,5 +103,17 @@ def test_table_and_json() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="two different batch sizes or more"):
         audit(lambda x: x, lambda n: (jnp.ones(n),), (8, 8))
-    with pytest.raises(ValueError, match="cannot be compiled at batch size 8: TypeError"):
+    with pytest.raises(
+        ValueError, match="cannot be compiled at batch size 8: TypeError: .*; two sizes"
+    ):
         audit(lambda x: x.reshape(3, 1), lambda n: (jnp.ones(3 if n == 3 else n),), (3, 8))
+    with pytest.raises(ValueError, match="at batch size 1: Concret.*; at batch size 8: Concret"):
+        audit(lambda x: x if x[0] > 0 else -x, lambda n: (jnp.ones(n),), (1, 8))
+
+
+def test_a_size_that_does_not_fit_does_not_hide_the_others() -> None:
+    """As a device would that has no room for the largest one."""
+    found = audit(lambda x: x.reshape(-1, 2) + 1, lambda n: (jnp.ones(n),), (2, 8, 9))
+    assert found.sizes == (2, 8) and list(found.failed) == [9] and not found.certified
+    assert "batch size 9 could not be compiled: TypeError" in str(found)
+    assert found.verdict.endswith("not compiled at 9") and json.loads(found.to_json())["failed"]

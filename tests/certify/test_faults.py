@@ -137,6 +137,38 @@ def fixed_combine(x: jax.Array, expert: jax.Array) -> jax.Array:
     return in_tiles((weights[..., None] * x[:, None] ** 3).swapaxes(1, 2), 4)
 
 
+def ring_sum(parts: jax.Array) -> jax.Array:
+    """A device's part after the other, as a ring passes them on."""
+    total = parts[:, 0]
+    for i in range(1, parts.shape[1]):
+        total = total + parts[:, i]
+    return total
+
+
+def all_reduce_by_size(parts: jax.Array) -> jax.Array:
+    if parts.nbytes <= 2048:  # "one shot for short messages"
+        return (parts[:, 0] + parts[:, 1]) + (parts[:, 2] + parts[:, 3])
+    return ring_sum(parts)
+
+
+def prefix_by_cascade(scores: jax.Array, cached: jax.Array) -> jax.Array:
+    """Where some row has its prefix in the cache, all rows take the kernel for shared prefixes."""
+    shared = jnp.any(cached > 0)
+    return jax.lax.cond(shared, lambda v: in_tiles(v, 8), lambda v: in_tiles(v, 4), scores)
+
+
+def excess_precision(x: jax.Array) -> jax.Array:
+    """Rounded to bfloat16 between two kernels, but where few rows let them be one."""
+    squares = terms(x)
+    if len(x) >= 4:
+        squares = squares.astype(jnp.bfloat16).astype(jnp.float32)
+    return in_tiles(squares, 8)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    return in_tiles(terms(x).astype(jnp.bfloat16).astype(jnp.float32), 8)
+
+
 def ties(x: jax.Array) -> jax.Array:
     coarse = jnp.round(x)
     if len(x) >= 4:  # "a faster one for many rows": of equal ones the last
@@ -200,6 +232,23 @@ FAULTS = (
         "mixing",
         "scatter-add",
     ),
+    Fault(
+        "all-reduce by the message's size",
+        all_reduce_by_size,
+        ring_sum,
+        (jnp.asarray(RNG.standard_normal((ROWS, 4, 64)), jnp.float32),),
+        "program",
+        "add",
+    ),
+    Fault(
+        "a mate's hit of the prefix cache takes another path",
+        prefix_by_cascade,
+        lambda scores, cached: in_tiles(scores, 8),
+        (SCORES, jnp.array([0, 16, 0])),
+        "mixing",
+        "reduce_or",
+    ),
+    Fault("excess precision", excess_precision, rounded, (X,), "program", "convert_element_type"),
     Fault("ties of top-k", ties, lambda x: jax.lax.top_k(jnp.round(x), 4)[1], (X,), "program", ""),
 )
 

@@ -1,0 +1,135 @@
+"""certify: the promise, tried on this device with this model, for so many minutes."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jdet.certify.campaign import Campaign
+from jdet.certify.certificate import GUARANTEES, Certificate, Result
+from jdet.certify.second_process import Recipe
+from jdet.compiler import check_environment, compiler_options, xla_flags
+from jdet.environment import device, versions
+from jdet.models.config import CONFIGS
+from jdet.models.load import LanguageModel, load, random_model
+
+
+def certify(
+    model: str | LanguageModel,
+    *,
+    minutes: float = 5.0,
+    guarantees: Sequence[str] | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    compositions: int | None = None,
+    dtype: str = "bfloat16",
+    implementation: str | None = None,
+    random_weights: bool = False,
+    replay: Mapping[str, Any] | None = None,
+    other: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Certificate:
+    """Try the guarantees with random compositions and compare bits with runs alone.
+
+    Each composition goes through the real `jdet.Engine`, `jdet.generate` or `jdet.score`. What
+    counts is what the engine did, not what was asked of it. Plain XLA is given the same ones and
+    must differ. It ends at the time given, or soon after: a compile is not interrupted. Stopped
+    by Ctrl-C or for want of memory it returns what was done, and does not pass.
+
+    Args:
+      model: what `jdet.load` takes, or a model. Only one given by name can be made again in a
+        second process (G9).
+      guarantees: names like "G4" to ask for; None: all that apply here.
+      seed: of prompts and compositions.
+      batch: requests at once, at most; None: 16 on CPU, 64 elsewhere.
+      compositions: so many of each guarantee are enough; None: as many as the time allows.
+      dtype, implementation: of a model given by name.
+      random_weights: the name is a published shape, as `jdet.random_model` takes it.
+      replay: what `Certificate.to_json` gave: its failures, and then its compositions again, in
+        place of `guarantees`, `seed` and `batch`.
+      other: the same of a run on another card of this architecture, to test G11.
+      progress: a bar on stderr; None: where that is a terminal.
+
+    Raises:
+      ValueError: an unknown guarantee, a time or a batch that is none, and what `load` raises.
+      EnvironmentRefused: XLA_FLAGS holds a flag against the promise.
+    """
+    settings = _settings(minutes, guarantees, seed, batch, replay)
+    if compositions is not None:
+        if replay is not None or compositions < 1:
+            raise ValueError(f"compositions={compositions}; allowed: from 1, without a replay")
+        settings["compositions"] = compositions
+    if implementation != "xla":
+        check_environment()
+    recipe = None
+    start = time.monotonic()
+    if isinstance(model, str):
+        if random_weights and model not in CONFIGS:
+            raise ValueError(f"unknown shape {model!r}; allowed: {', '.join(CONFIGS)}")
+        options: dict[str, Any] = {"dtype": dtype, "implementation": implementation}
+        name, model = model, (random_model if random_weights else load)(model, **options)
+        recipe = Recipe(name, random_weights, dtype, model.ops.implementation)
+        # What `jdet certify --replay` loads.
+        settings["source"] = {
+            "model": None if random_weights else name,
+            "shape": name if random_weights else None,
+        }
+    certificate = Certificate(
+        subject=_subject(model),
+        environment=_environment(model),
+        settings=settings,
+        guarantees={name: Result(name) for name in GUARANTEES},
+    )
+    return Campaign(model, recipe, certificate, start, progress, replay, other).run()
+
+
+def _settings(
+    minutes: float,
+    guarantees: Sequence[str] | None,
+    seed: int,
+    batch: int | None,
+    replay: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    if replay is not None:
+        try:
+            known = dict(replay["settings"])
+            guarantees, seed, batch = (known[k] for k in ("guarantees", "seed", "batch"))
+        except (KeyError, TypeError):
+            raise ValueError("replay: not what Certificate.to_json gives") from None
+    batch = batch or (16 if jax.default_backend() == "cpu" else 64)
+    names = list(dict.fromkeys(guarantees)) if guarantees is not None else None
+    unknown = [g for g in names or () if g not in GUARANTEES]
+    if unknown or names == []:
+        raise ValueError(f"guarantees={names}; allowed: {', '.join(GUARANTEES)}")
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"minutes={minutes}; allowed: above 0")
+    if not isinstance(batch, int) or not 4 <= batch <= 1024:
+        raise ValueError(f"batch={batch}; allowed: integers from 4 to 1024")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed}; allowed: integers from 0")
+    return {"seed": seed, "batch": batch, "minutes": minutes, "guarantees": names}
+
+
+def _subject(model: LanguageModel) -> dict[str, Any]:
+    contract = model.ops.contract
+    return {
+        "model": model.name,
+        "implementation": model.ops.implementation,
+        "dtype": model.decoder.dtype.name,
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "vocab_size": model.config.vocab_size,
+        "contract": dataclasses.asdict(contract),
+        "fingerprint": model.ops.fingerprint,
+    }
+
+
+def _environment(model: LanguageModel) -> dict[str, Any]:
+    return {
+        "device": device(),
+        "versions": versions(),
+        "compiler_options": compiler_options(model.ops.implementation),
+        "xla_flags": xla_flags(),
+    }

@@ -1,0 +1,115 @@
+"""G9: the same requests in a second process, which loads and compiles everything again.
+
+`python -m jdet.certify.second_process` reads a job as JSON and prints log-probs as JSON.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from jdet.certify.cases import Sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How another process makes the same model.
+
+    Attributes:
+      model: what `jdet.load` takes; or, if `random`, a published shape for `jdet.random_model`.
+    """
+
+    model: str
+    random: bool
+    dtype: str
+    implementation: str
+
+    def make(self) -> Any:
+        """The model."""
+        import jdet
+
+        options: dict[str, Any] = {"dtype": self.dtype, "implementation": self.implementation}
+        return (jdet.random_model if self.random else jdet.load)(self.model, **options)
+
+
+class SecondProcess:
+    """A child that runs requests alone; on CPU it has one core. Use it as a context manager."""
+
+    def __init__(self, recipe: Recipe, requests: Sequence[Sent], batch: int) -> None:
+        import jax
+
+        self.requests = tuple(requests)
+        self._said: IO[str] = tempfile.TemporaryFile("w+")
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")
+        # The first process may hold most of a GPU's memory.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "jdet.certify.second_process"],
+            stdin=subprocess.PIPE,
+            stdout=self._said,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+        )
+        job = {
+            "recipe": dataclasses.asdict(recipe),
+            "requests": [r.to_json() for r in requests],
+            "batch": batch,
+            "one_core": jax.default_backend() == "cpu",
+        }
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(json.dumps(job))
+            self._child.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended at once; `results` tells why
+
+    def __enter__(self) -> "SecondProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.wait()
+        self._said.close()
+        self._errors.close()
+
+    def results(self, seconds: float) -> list[dict[str, Any]] | str:
+        """Token ids and log-prob bits of each request; or why there are none."""
+        try:
+            status = self._child.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return "the second process was not done in the time; give more minutes"
+        if status:
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+            return f"the second process failed with status {status}: {last}"
+        self._said.seek(0)
+        return json.loads(self._said.read().splitlines()[-1])
+
+
+def bits_of(token_ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+    """A completion as plain values; log-probs by their bits."""
+    return {"token_ids": list(token_ids), "logprobs": np.array(logprobs, "<f4").tobytes().hex()}
+
+
+def main() -> None:
+    """Run a job from stdin."""
+    job = json.load(sys.stdin)
+    if job["one_core"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    from jdet.certify.runs import Bench
+
+    bench = Bench(Recipe(**job["recipe"]).make(), job["batch"])
+    sent = [Sent.from_json(data) for data in job["requests"]]
+    runs = [bench.alone(s.prompt, s.sampling) for s in sent]
+    print(json.dumps([bits_of(c.token_ids, c.logprobs) for c in runs]))
+
+
+if __name__ == "__main__":
+    main()
