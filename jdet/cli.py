@@ -240,7 +240,7 @@ def convert(
     out: Annotated[Path, typer.Argument(readable=False, help="The folder to make.")],
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Write a model as an Orbax checkpoint: it loads several times faster, with the same bits.
+    """Write a model as an Orbax checkpoint: it loads faster, with the same bits.
 
     OUT gets its name when it is whole; a run that was killed leaves OUT.partial, which the next
     one replaces.

@@ -25,10 +25,11 @@ def convert(
 ) -> Path:
     """Write a model as Orbax checkpoints, with config, tokenizer and chat template beside them.
 
-    `load` restores it with the bits that it reads from the original in that dtype, several times
-    faster where those were quantised or in parts, and to many devices where it is told so. What is
-    written goes to `out` + ".partial" and gets its name when it is whole; what a killed run left
-    there is replaced. The host holds 2 GiB of weights and one parameter at a time, a device none.
+    `load` restores it with the bits that it reads from the original in that dtype, and to many
+    devices at once where it is told so. It is faster than what has to be dequantised or stacked:
+    scripts/bench/results/cpu-loading-*.json. What is written goes to `out` + ".partial" and gets
+    its name when it is whole; what a killed run left there is replaced. The host holds 2 GiB of
+    weights and one parameter at a time, a device none.
 
     Args:
       name_or_path: as for `load`.
@@ -71,7 +72,7 @@ def convert(
         )
         description = {
             "jdet": importlib.metadata.version("jdet"),
-            "source": Path(checkpoint.source).name,
+            "source": Path(name_or_path).name,
         }
         write(partial, weights, description)
     except BaseException:

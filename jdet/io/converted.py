@@ -59,8 +59,10 @@ class Converted:
         """Reads every file once and compares it with its checksums, on all cores.
 
         Raises:
-            CheckpointError: A file is not the one that was written; all of them are named.
+            CheckpointError: A file is not the one that was written; all of them are named. Or
+                Orbax, which is to read them, is not installed.
         """
+        _orbax()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sums = {name: list(_checksums(self._folder / name, pool)) for name in self._files}
         _refuse_files(
