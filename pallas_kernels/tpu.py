@@ -1,6 +1,7 @@
 """What the Pallas TPU kernels share: the chips, the compiler's parameters, and a tree over lanes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,30 +106,35 @@ def lane_index(shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
-def fold_lanes(x: Float32[Array, "R n"]) -> Float32[Array, "R 128"]:
-    """Add the columns of 128 lanes: the second half to the first, until one is left.
+def fold_lanes(x: jax.Array, merge: Callable[..., jax.Array], neutral: Any) -> jax.Array:
+    """x[R, n] to [R, 128]: merge columns of 128 lanes, the first half with the second, to one.
 
-    An odd number of columns is first continued by zeros.
+    An odd number of columns is first continued by one that is `neutral`.
     """
     columns = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     while len(columns) > 1:
         if len(columns) % 2:
-            columns.append(jnp.zeros_like(columns[0]))
+            columns.append(jnp.full_like(columns[0], neutral))
         half = len(columns) // 2
-        columns = [a + b for a, b in zip(columns[:half], columns[half:], strict=True)]
+        columns = [merge(a, b) for a, b in zip(columns[:half], columns[half:], strict=True)]
     return columns[0]
 
 
-def lane_sum(x: Float32[Array, "R n"]) -> Float32[Array, "R 128"]:
-    """The sum of each row, in every lane: `fold_lanes`, then lanes 64, 32, ..., 1 apart.
+def across_lanes(x: jax.Array, merge: Callable[..., jax.Array], neutral: Any) -> jax.Array:
+    """x[R, n] merged to [R, 1]: `fold_lanes`, then lanes 64, 32, ..., 1 apart.
 
-    With n a power of two from 128 it is the tree of `trees.tree_sum`. An addition gives
-    the same bits in either order, so all lanes hold the same.
+    For sums with n a power of two from 128 it is the tree of `trees.tree_sum`. An addition
+    gives the same bits in either order, so that all lanes come to hold the same.
     """
-    x = fold_lanes(x)
+    x = fold_lanes(x, merge, neutral)
     for distance in (64, 32, 16, 8, 4, 2, 1):
-        x = x + pltpu.roll(x, distance, 1)
-    return x
+        x = merge(x, pltpu.roll(x, distance, 1))
+    return x[:, :1]
+
+
+def lane_sum(x: Float32[Array, "R n"]) -> Float32[Array, "R 1"]:
+    """The sum of each row in the tree of `across_lanes`."""
+    return across_lanes(x, jnp.add, 0)
 
 
 def round_up(n: int, multiple: int) -> int:
