@@ -351,6 +351,4 @@ def attention(
         return q
     o = _Options(scale, kv_split, sliding_window, soft_cap)
     s = schedule or default_schedule(q.shape[1], q.shape[2] // k_cache.shape[1])
-    return _attention(
-        q, k_cache, v_cache, positions, page_table, o=o, s=s, interpret=interpret
-    )
+    return _attention(q, k_cache, v_cache, positions, page_table, o=o, s=s, interpret=interpret)

@@ -142,7 +142,10 @@ def _grouped(x, w, sizes, *, leaves, out_dtype, s, gate, interpret):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n, s.bn), visits.shape[1], blocks),
-            in_specs=[pl.BlockSpec((s.bm, block), lambda j, v, b, p: (p[0, v], k_of(b, v, p))), of_w],
+            in_specs=[
+                pl.BlockSpec((s.bm, block), lambda j, v, b, p: (p[0, v], k_of(b, v, p))),
+                of_w,
+            ],
             out_specs=pl.BlockSpec((s.bm, s.bn), lambda j, v, b, p: (p[0, v], j)),
             scratch_shapes=[pltpu.VMEM((halves, leaves, max(s.bm, SUBLANES), s.bn), jnp.float32)],
         ),
