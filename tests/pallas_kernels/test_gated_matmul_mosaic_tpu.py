@@ -12,7 +12,7 @@ from jdet.pallas_kernels.gated_matmul.mosaic_tpu import Schedule
 DTYPES = ("bfloat16", "float32")
 
 
-@pytest.mark.parametrize(("activation", "dtype"), zip(ACTIVATIONS, DTYPES, strict=True))
+@pytest.mark.parametrize(("activation", "dtype"), tuple(zip(ACTIVATIONS, DTYPES, strict=True)))
 def test_row_follows_neither_batch_nor_schedule(normal, assert_same_bits, activation, dtype):
     dtype = jnp.dtype(dtype)
     x = jnp.asarray(normal(0, (40, 136), dtype))

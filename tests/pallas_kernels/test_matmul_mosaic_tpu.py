@@ -46,9 +46,7 @@ def test_leaves_are_added_as_the_reference_adds_them(operands, assert_same_bits)
     """Whole numbers are exact in any order inside a leaf, so that only the leaves' tree is left."""
     x, w, _ = operands(3, 16, 576, jnp.float32)
     x, w = jnp.round(x), jnp.round(w * 4)
-    scale = np.repeat(10 ** np.arange(8), 72).astype(
-        np.float32
-    )  # leaves of sizes that round each other
+    scale = np.repeat(10 ** np.arange(8), 72).astype(np.float32)  # leaves round each other
     got = interpreted(x * scale, w, leaves=8)
     assert_same_bits(got, reference.matmul(x * scale, w, leaves=8))
     assert (got != interpreted(x * scale, w, leaves=1)).any()

@@ -36,7 +36,7 @@ def case(normal):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), zip(SIZES, ("bfloat16", "float32", "bfloat16"), strict=True)
+    ("size", "dtype"), tuple(zip(SIZES, ("bfloat16", "float32", "bfloat16"), strict=True))
 )
 def test_bits_are_those_of_portable(case, op, assert_same_bits, size, dtype):
     args = case(SIZES[size], jnp.dtype(dtype))
