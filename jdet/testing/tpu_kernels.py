@@ -1,4 +1,4 @@
-"""Calls of the TPU kernels at real models' shapes, to be compiled for a TPU: nothing is computed."""
+"""Calls of the TPU kernels at real models' shapes, to be compiled for a TPU."""
 
 import dataclasses
 import functools
