@@ -108,7 +108,7 @@ BAD_REQUESTS = [
     (["hi", "--stop", ""], "allowed: non-empty strings"),
     (["hi", "--dtype", "float8"], "dtype='float8'; allowed: bfloat16, float32"),
     (["hi", "--implementation", "cuda"], "unknown implementation 'cuda'"),
-    (["hi", "--implementation", "mosaic_tpu"], "no 'mosaic_tpu' implementation yet"),
+    (["hi", "--implementation", "jax_triton"], "no 'jax_triton' implementation yet"),
     (["hi", "--no-such-option"], "No such option"),
     ([], "Missing argument"),
 ]

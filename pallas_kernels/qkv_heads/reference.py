@@ -10,7 +10,7 @@ from jdet.pallas_kernels.rms_norm.reference import rms_norm
 from jdet.pallas_kernels.rope.reference import rotate
 
 
-def _slots(
+def slots(
     positions: Int32[Array, "B T"],
     cache: Float[Array, "P Hkv S D"],
     page_table: Int32[Array, "B N"] | None,
@@ -75,7 +75,7 @@ def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
             q, _ = rms_norm(q, q_norm, eps=eps)
         if k_norm is not None:
             k, _ = rms_norm(k, k_norm, eps=eps)
-        page, slot = _slots(positions, k_cache, page_table)
+        page, slot = slots(positions, k_cache, page_table)
         k_cache, v_cache = (
             cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
             for cache, new in ((k_cache, rotate(k, cos, sin)), (v_cache, v))
