@@ -27,14 +27,10 @@ def _requests(
     sampling: SamplingParams | Sequence[SamplingParams],
 ) -> list[_Request]:
     """Check everything the user gave, before any work starts."""
-    requests = []
-    for index, (prompt, p) in enumerate(requests_of(prompts, sampling)):
-        if p.logprobs is not None or p.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt {index} asks for logprobs or prompt_logprobs, which jdet.Engine gives"
-            )
-        requests.append((encode_prompt(model, prompt, p, f"prompt {index}"), p.with_seed()))
-    return requests
+    return [
+        (encode_prompt(model, prompt, p, f"prompt {index}"), p.with_seed())
+        for index, (prompt, p) in enumerate(requests_of(prompts, sampling))
+    ]
 
 
 def _sizes(model: LanguageModel, requests: Sequence[_Request], batch_size: int) -> EngineConfig:

@@ -50,6 +50,16 @@ def test_a_prompt_read_in_chunks_beside_others_has_the_bits_of_the_core() -> Non
     assert same_bits((door.token_ids, np.array(door.logprobs, np.float32)), core)
 
 
+def test_logprobs_of_the_prompt_and_of_the_most_probable() -> None:
+    asked = greedy(6, logprobs=2, prompt_logprobs=1)
+    _, c = jdet.generate(model(), [[1, 2], [3, 1, 4, 1, 5]], [greedy(6), asked])
+    (scores,) = jdet.score(model(), [c.prompt_token_ids + c.token_ids])
+    assert c.prompt_logprobs is not None and c.top_logprobs is not None
+    assert c.prompt_logprobs + c.logprobs == scores
+    best = [next(iter(top.items())) for top in c.top_logprobs]
+    assert best == list(zip(c.token_ids, c.logprobs, strict=True))
+
+
 def test_n_samples_differ_and_a_seed_repeats_them() -> None:
     sampling = SamplingParams(n=3, temperature=1.0, seed=11, max_tokens=8)
     a = jdet.generate(model(), [[1, 2, 3], [1, 2, 3]], sampling)
@@ -152,7 +162,6 @@ def test_the_core_runs_under_a_users_own_jit() -> None:
             SamplingParams(logit_bias={1536: 1}),
             r"logit_bias has token ids outside 0\.\.1535",
         ),
-        ([[1]], SamplingParams(logprobs=1), "prompt 0 asks for logprobs.* jdet.Engine gives"),
     ],
 )
 def test_bad_requests_are_refused_by_name(prompts, sampling, message: str) -> None:
