@@ -55,8 +55,10 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 demo: env
 	$(BIN)/jdet demo --json demo.json --plot demo.png
 
+# Where bytecode is not written, each of some 30 processes would compile jax's Python anew.
 test: env
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile tests
+	PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu \
+	  $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Compiles decode steps for an H100, in an environment of its own (1.5 GB); needs no GPU.
 test-gpu-compile: .venv-gpu/.jdet-env
