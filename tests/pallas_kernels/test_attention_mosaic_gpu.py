@@ -7,6 +7,7 @@ that no query of their row sees, and padding queries, hold NaN.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from jdet.pallas_kernels.attention import mosaic_gpu, reference
 from jdet.pallas_kernels.attention.mosaic_gpu import Schedule
 
 simulated = functools.partial(mosaic_gpu.attention, interpret=plgpu.InterpretGPUParams())
+expected = jax.jit(
+    reference.attention, static_argnames=("scale", "kv_split", "sliding_window", "soft_cap")
+)
 
 KV_SPLIT = 64
 KINDS = {
@@ -29,7 +33,10 @@ SMOL, QWEN, GEMMA = (6, 2, 64), (4, 1, 128), (2, 1, 256)
 
 @pytest.fixture(scope="module")
 def case(normal):
-    """case(heads, positions, cache, dtype, window): q, k, v, positions, NaN where nobody looks."""
+    """case(heads, positions, cache, dtype, window): q, k, v, positions, NaN where nobody looks.
+
+    Numpy arrays here and from `attend`: each operation on one of jax's compiles a program.
+    """
 
     def draw(heads, positions, cache=128, dtype=jnp.bfloat16, window=None):
         h, n, d = heads
@@ -42,26 +49,29 @@ def case(normal):
             np.where(unseen[:, None, :, None], np.nan, normal(i, (len(at), n, cache, d), "f4"))
             for i in (1, 2)
         )
-        return (*(jnp.asarray(x).astype(dtype) for x in (q, k, v)), jnp.asarray(at))
+        return *(x.astype(dtype) for x in (q, k, v)), at
 
     return draw
 
 
 def attend(case, schedule, kv_split=KV_SPLIT, page_table=None, **options):
-    q = case[0]
+    q, *_ = case = [jnp.asarray(x) for x in case]
     options = {"scale": q.shape[-1] ** -0.5, "kv_split": kv_split, **options}
-    y = simulated(*case, schedule=schedule, page_table=page_table, **options)
+    if page_table is not None:
+        options["page_table"] = jnp.asarray(page_table)
+    y = simulated(*case, schedule=schedule, **options)
     assert y.shape == q.shape and y.dtype == q.dtype
-    return y.block_until_ready()  # the simulator shares XLA's few threads with whatever is next
+    # Which waits: the simulator shares XLA's few threads with whatever is next.
+    return np.asarray(y)
 
 
 def assert_right(y, case, **options):
     """Against the reference in float32, to the rounding of p and of the result."""
-    q, k, v = (jnp.nan_to_num(x.astype(jnp.float32)) for x in case[:3])
+    q, k, v = (np.nan_to_num(x.astype(np.float32)) for x in case[:3])
     scale = q.shape[-1] ** -0.5
-    want = reference.attention(q, k, v, case[3], scale=scale, kv_split=KV_SPLIT, **options)
+    want = expected(q, k, v, case[3], scale=scale, kv_split=KV_SPLIT, **options)
     eps = float(jnp.finfo(y.dtype).eps)
-    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2 * eps, atol=2 * eps)
+    np.testing.assert_allclose(y.astype(np.float32), want, rtol=2 * eps, atol=2 * eps)
 
 
 @pytest.mark.parametrize("kind", ["walked", "spread"])
@@ -71,7 +81,7 @@ def test_decode(case, kind, dtype):
     inputs = case(SMOL, [[0], [63], [-1]], dtype=dtype)
     y = attend(inputs, KINDS[kind])
     assert_right(y, inputs)
-    assert not np.asarray(y[2]).any()
+    assert not y[2].any()
 
 
 def test_prefill_in_every_schedule(case, assert_same_bits):
@@ -81,11 +91,11 @@ def test_prefill_in_every_schedule(case, assert_same_bits):
     inputs = case(SMOL, at)
     results = {name: attend(inputs, s) for name, s in KINDS.items()}
     assert_right(results["walked"], inputs)
-    assert not np.asarray(results["walked"][0, length - 4 :]).any()
+    assert not results["walked"][0, length - 4 :].any()
     for name, y in results.items():
         assert_same_bits(y, results["walked"], name)
     q, k, v, _ = inputs
-    alone = attend((q[:, 27:28], k, v, jnp.full((1, 1), 67, jnp.int32)), KINDS["spread"])
+    alone = attend((q[:, 27:28], k, v, np.full((1, 1), 67, np.int32)), KINDS["spread"])
     assert_same_bits(alone, results["walked"][:, 27:28])
 
 
@@ -121,7 +131,7 @@ def test_shares_of_a_spread_grid(case, assert_same_bits, schedule):
 def test_share_of_no_block(case):
     """Nothing but padding: no block has an item, and the fold reads nothing."""
     y = attend(case(SMOL, [[-1], [-1]]), Schedule("spread", blocks=2, fetch=4))
-    assert not np.asarray(y).any()
+    assert not y.any()
 
 
 def test_group_of_five_heads(case, assert_same_bits):
@@ -136,13 +146,15 @@ def test_group_of_five_heads(case, assert_same_bits):
 def test_overflow_in_one_split(case, assert_same_bits):
     """An infinity stays what the tree makes of it: no later split of a block may meet it."""
     q, k, v, at = case(SMOL, [[319]], cache=320)
-    v = v.at[:, 0, 128:192].set(jnp.inf)
-    inputs = q.at[..., 0].set(-1.0), k.at[:, 1, 128:192, 0].set(jnp.inf), v, at
+    q[..., 0] = -1.0
+    k[:, 1, 128:192, 0] = v[:, 0, 128:192] = np.inf
+    inputs = q, k, v, at
     walked = attend(inputs, KINDS["walked"])
-    assert jnp.isinf(walked[:, :, :3]).all()
-    assert jnp.isfinite(walked[:, :, 3:]).all(), "scores of -inf are those of no key"
+    assert np.isinf(walked[:, :, :3]).all()
+    assert np.isfinite(walked[:, :, 3:]).all(), "scores of -inf are those of no key"
     assert_same_bits(attend(inputs, Schedule("spread", blocks=5)), walked)
-    prefill = [jnp.tile(inputs[0], (1, 16, 1, 1)), *inputs[1:3], at + jnp.arange(-15, 1)]
+    rising = at + np.arange(-15, 1, dtype=np.int32)
+    prefill = np.tile(q, (1, 16, 1, 1)), k, v, rising
     assert_same_bits(attend(prefill, KINDS["walked"])[:, 15:], walked)
 
 
@@ -156,11 +168,11 @@ def test_pages(case, paged, assert_same_bits, kind, page_size, shared):
     chunk = [[*range(100, 130)], [*range(70, 90), *[-1] * 10]]
     q, k, v, at = case(SMOL, chunk if kind == "walked by two" else decode, cache=256)
     length = shared * page_size
-    k, v = (x.at[:, :, :length].set(x[:1, :, :length]) for x in (k, v))
+    for x in (k, v):
+        x[:, :, :length] = x[:1, :, :length]
     walked = attend((q, k, v, at), KINDS["walked"])
     *pages, table = paged(k, v, at, page_size, shared)
-    inputs = q, *map(jnp.asarray, pages), at
-    assert_same_bits(attend(inputs, KINDS[kind], page_table=jnp.asarray(table)), walked)
+    assert_same_bits(attend((q, *pages, at), KINDS[kind], page_table=table), walked)
 
 
 @pytest.mark.parametrize("page_size", [32, 256])
@@ -169,9 +181,7 @@ def test_pages_smaller_and_larger_than_a_tile(case, paged, assert_same_bits, pag
     q, k, v, at = case(QWEN, [[300], [600]], cache=768)
     walked = attend((q, k, v, at), KINDS["walked"], 256)
     *pages, table = paged(k, v, at, page_size)
-    inputs = q, *map(jnp.asarray, pages), at
-    y = attend(inputs, KINDS["spread"], 256, jnp.asarray(table))
-    assert_same_bits(y, walked)
+    assert_same_bits(attend((q, *pages, at), KINDS["spread"], 256, table), walked)
 
 
 def test_decode_with_a_window(case, paged, assert_same_bits):
@@ -183,8 +193,7 @@ def test_decode_with_a_window(case, paged, assert_same_bits):
     *pages, table = paged(k, v, at, 16)
     for row, last in enumerate((300, -1, 63, 140)):
         table[row, : max(0, last - 69) // 16] = (10**6, -7)[row % 2]
-    inputs = q, *map(jnp.asarray, pages), at
-    y = attend(inputs, KINDS["spread"], page_table=jnp.asarray(table), **options)
+    y = attend((q, *pages, at), KINDS["spread"], page_table=table, **options)
     assert_same_bits(y, walked)
 
 
@@ -196,9 +205,9 @@ def test_prefill_with_a_window_and_a_cap(case, assert_same_bits):
     assert_right(both, inputs, **options)
     assert_same_bits(attend(inputs, KINDS["spread"], **options), both)
     q, k, v, _ = inputs
-    q, k, v = (jnp.concatenate(x) for x in ((q[:, 3:4], q[:, 27:28]), (k, k), (v, v)))
-    steps = attend((q, k, v, jnp.array([[143], [167]])), KINDS["spread"], **options)
-    assert_same_bits(steps[:, 0], both[0, jnp.array([3, 27])])
+    q, k, v = (np.concatenate(x) for x in ((q[:, 3:4], q[:, 27:28]), (k, k), (v, v)))
+    steps = attend((q, k, v, np.array([[143], [167]], np.int32)), KINDS["spread"], **options)
+    assert_same_bits(steps[:, 0], both[0, [3, 27]])
 
 
 def test_head_size_256(case, assert_same_bits):
@@ -221,14 +230,14 @@ def test_registered_schedules(length, dim):
 
 
 def test_refuses_what_it_cannot_compute(case):
-    q, k, v, at = case(SMOL, [[3]])
+    q, k, v, at = map(jnp.asarray, case(SMOL, [[3]]))
     call = functools.partial(mosaic_gpu.attention, scale=1.0, kv_split=KV_SPLIT)
     with pytest.raises(NotImplementedError, match="float32"):
         call(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), at)
     with pytest.raises(NotImplementedError, match="kv_split"):
         mosaic_gpu.attention(q, k, v, at, scale=1.0, kv_split=32)
     with pytest.raises(NotImplementedError, match="head_dim 256 needs wgs=1"):
-        two = case(GEMMA, [[3, 4]])
+        two = map(jnp.asarray, case(GEMMA, [[3, 4]]))
         call(*two, schedule=KINDS["walked by two"])
     with pytest.raises(ValueError, match="positions"):
         call(q, k, v, at[0])
