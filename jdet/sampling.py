@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
-from jdet.pallas_kernels.trees import exp, tree_sum
+from jdet.pallas_kernels.trees import exp, prefix_sums, tree_sum
 from jdet.rng import MAX_SEED, gumbel
 
 _MAX_INT32 = 2**31 - 1
@@ -247,8 +247,7 @@ def _kept(scaled: Float32[Array, "B V"], s: SamplingArrays) -> Bool[Array, "B V"
     keep = p >= s.min_p[:, None]
     keep &= (s.top_k[:, None] == 0) | (rank < s.top_k[:, None])
     p = jnp.where(keep, p, 0)
-    # associative_scan writes the prefix sums out as elementwise additions: one fixed tree.
-    before = lax.associative_scan(jnp.add, p, axis=-1) - p
+    before = prefix_sums(p) - p
     keep &= (s.top_p[:, None] >= 1) | (before < s.top_p[:, None] * tree_sum(p)[:, None])
     keep |= rank == 0  # whatever underflows: a top_p of 1e-46 is 0 in float32
     rank_of_token = jnp.argsort(order, axis=-1)

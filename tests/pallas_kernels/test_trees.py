@@ -8,8 +8,12 @@ from jdet.compiler import jit
 from jdet.pallas_kernels import trees
 
 LENGTHS = (*range(1, 41), 1000)
-tree_sum, exp, log, tanh, silu = (
-    jit(f) for f in (trees.tree_sum, trees.exp, trees.log, trees.tanh, trees.silu)
+tree_sum, prefix_sums, exp, log, tanh, silu = (
+    jit(f)
+    for f in (
+        *(trees.tree_sum, trees.prefix_sums),
+        *(trees.exp, trees.log, trees.tanh, trees.silu),
+    )
 )
 
 
@@ -115,3 +119,14 @@ def test_element_does_not_follow_the_length_of_its_array(function, assert_same_b
         start = (37 * n) % (1001 - n)
         part = slice(start, start + n)
         assert_same_bits(function(x[part]), whole[part], f"length {n}")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 1000])
+def test_prefix_sums_are_the_documented_tree(n, normal, assert_same_bits, assert_rows_alike):
+    x, distance = normal(0, (9, n), np.float32), 1
+    want = x.copy()
+    while distance < n:
+        want[:, distance:] = want[:, distance:] + want[:, :-distance]
+        distance *= 2
+    assert_same_bits(prefix_sums(x), want)
+    assert_rows_alike(prefix_sums, (x,), (1, 2, 8, 9))
