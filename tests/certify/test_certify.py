@@ -93,6 +93,12 @@ def test_a_replay_composes_the_same_again(clean: Certificate) -> None:
     assert "same device" in certify_g11(told).reason
 
 
+def test_one_composition_of_each_however_late(clean: Certificate) -> None:
+    found = certify(model(), minutes=1e-6, batch=BATCH, progress=False)
+    assert {n: found.guarantees[n].compositions for n in COUNTS} == dict.fromkeys(COUNTS, 1)
+    assert found.control["verdict"] == "DIFFERS" and found.compositions == len(COUNTS)
+
+
 def certify_g11(other: dict[str, Any]) -> Any:
     replay = known({"G11": 1})
     found = certify(model(), minutes=60, replay=replay, other=other, progress=False)
