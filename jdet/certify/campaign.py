@@ -276,7 +276,7 @@ class Campaign:
         largest: int | None = None
         for index in range(_CONTROLS):
             late = time.monotonic() > begin + _CONTROL * self.seconds
-            if late and (ran >= _FEWEST_CONTROLS or self._left() <= 0):
+            if ran and late and (ran >= _FEWEST_CONTROLS or self._left() <= 0):
                 break
             self._tell(f"plain XLA: {ran}, {differ} differ")
             found = self.plain.run(self._case("G1", index))
