@@ -131,10 +131,19 @@ class Campaign:
     def _others(self) -> None:
         self._compile()
         self._alone()
+        if self.replay is None:
+            # However late it is: a verdict on each is worth more than many on one.
+            for name in self._open():
+                self._try(self._case(name, 0))
         self._control()
         self._schedules()
         for case in self._cases():
             self._try(case)
+
+    def _open(self) -> list[str]:
+        """The guarantees that compositions are made for."""
+        results = self.certificate.guarantees
+        return [n for n in COMPOSED if results[n].asked and not results[n].reason]
 
     def _left(self) -> float:
         return self.start + self.seconds - time.monotonic()
@@ -181,7 +190,7 @@ class Campaign:
                         return
                     yield self._case(name, index)
             return
-        names = [n for n in COMPOSED if results[n].asked and not results[n].reason]
+        names = self._open()
         enough = self.certificate.settings.get("compositions", float("inf"))
         while self._left() > 0:
             open_ones = [results[n] for n in names if results[n].compositions < enough]
@@ -267,7 +276,7 @@ class Campaign:
         largest: int | None = None
         for index in range(_CONTROLS):
             late = time.monotonic() > begin + _CONTROL * self.seconds
-            if late and (ran >= _FEWEST_CONTROLS or self._left() <= 0):
+            if ran and late and (ran >= _FEWEST_CONTROLS or self._left() <= 0):
                 break
             self._tell(f"plain XLA: {ran}, {differ} differ")
             found = self.plain.run(self._case("G1", index))

@@ -47,14 +47,15 @@ class SecondProcess:
         self.requests = tuple(requests)
         self._said: IO[str] = tempfile.TemporaryFile("w+")
         self._errors: IO[str] = tempfile.TemporaryFile("w+")
-        # The first process may hold most of a GPU's memory.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # The first process may hold most of a GPU's memory; and what it compiled, or left in a
+        # cache, is not to be used.
+        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "jdet.certify.second_process"],
             stdin=subprocess.PIPE,
             stdout=self._said,
             stderr=self._errors,
-            env=environment,
+            env={**os.environ, **own},
             text=True,
         )
         job = {

@@ -107,7 +107,7 @@ def test_bad_input() -> None:
         ValueError, match="cannot be compiled at batch size 8: TypeError: .*; two sizes"
     ):
         audit(lambda x: x.reshape(3, 1), lambda n: (jnp.ones(3 if n == 3 else n),), (3, 8))
-    with pytest.raises(ValueError, match="at batch size 1: Concret.*; at batch size 8: Concret"):
+    with pytest.raises(ValueError, match="at batch size 1: TracerBool.*; at batch size 8: Tracer"):
         audit(lambda x: x if x[0] > 0 else -x, lambda n: (jnp.ones(n),), (1, 8))
 
 

@@ -93,6 +93,12 @@ def test_a_replay_composes_the_same_again(clean: Certificate) -> None:
     assert "same device" in certify_g11(told).reason
 
 
+def test_one_composition_of_each_however_late(clean: Certificate) -> None:
+    found = certify(model(), minutes=1e-6, batch=BATCH, progress=False)
+    assert {n: found.guarantees[n].compositions for n in COUNTS} == dict.fromkeys(COUNTS, 1)
+    assert found.control["verdict"] == "DIFFERS" and found.compositions == len(COUNTS)
+
+
 def certify_g11(other: dict[str, Any]) -> Any:
     replay = known({"G11": 1})
     found = certify(model(), minutes=60, replay=replay, other=other, progress=False)
@@ -290,7 +296,7 @@ def test_schedules_agree_and_a_bad_one_is_named(monkeypatch: pytest.MonkeyPatch)
     left = iter([True, False])
     bad = next(op for op in self_test(model(), lambda: next(left)) if op.op == "matmul")
     lost, other = bad.differ
-    assert "tiled 8 does not run: TypeError" in lost and other.endswith(": tiled 16")
+    assert "tiled 8 does not run: " in lost and other.endswith(": tiled 16")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +318,7 @@ def test_bad_input(given: dict[str, Any], told: str) -> None:
         certify("Qwen9", random_weights=True)
 
 
-def test_a_second_process(clean: Certificate) -> None:
+def test_a_second_process() -> None:
     folder = Path(__file__).parents[1] / "goldens" / "tiny_qwen3"
     recipe = Recipe(str(folder), False, "bfloat16", "portable")
     pool = make_pool(0, 160)
@@ -325,7 +331,7 @@ def test_a_second_process(clean: Certificate) -> None:
         bench = Bench(recipe.make(), BATCH)
         own = [bench.alone(s.prompt, s.sampling) for s in sent]
         assert child.results(300) == [bits_of(c.token_ids, c.logprobs) for c in own]
-        assert "failed with status 1: ValueError" in lost.results(300)
+        assert "failed with status 1: " in lost.results(300)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
