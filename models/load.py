@@ -127,7 +127,9 @@ def load(
     tensors = named_as_mapped(config, checkpoint.tensors)
     check_tensors(config, tensors, lambda p: flat[p].shape, checkpoint.source)
     needed = sum(math.prod(v.shape) * v.dtype.itemsize for v in flat.values())
-    check_memory(checkpoint.source, needed, jax.devices()[0])
+    # Where new arrays go: jax.devices() begins with another host's, if there are several.
+    (device,) = jnp.zeros(()).devices()
+    check_memory(checkpoint.source, needed, device)
     before = None
     for path, names in tqdm(list(entries(config)), "weights", disable=not progress, leave=False):
         value = read_parameter(config, path, tensors, names, flat[path].dtype)
