@@ -32,6 +32,21 @@ def _slots(
     return jnp.where(written, page, pages + rows), jnp.where(written, slot, columns)
 
 
+def write(
+    caches: tuple[Float[Array, "P Hkv S D"], Float[Array, "P Hkv S D"]],
+    heads: tuple[Float[Array, "B T Hkv D"], Float[Array, "B T Hkv D"]],
+    positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B N"] | None,
+) -> tuple[Float[Array, "P Hkv S D"], Float[Array, "P Hkv S D"]]:
+    """The caches with the tokens' heads in the slots of their positions."""
+    page, slot = _slots(positions, caches[0], page_table)
+    k, v = (
+        cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
+        for cache, new in zip(caches, heads, strict=True)
+    )
+    return k, v
+
+
 def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
     """The op with an implementation's norm: nothing else of it sums over an axis."""
 
@@ -75,12 +90,8 @@ def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
             q, _ = rms_norm(q, q_norm, eps=eps)
         if k_norm is not None:
             k, _ = rms_norm(k, k_norm, eps=eps)
-        page, slot = _slots(positions, k_cache, page_table)
-        k_cache, v_cache = (
-            cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
-            for cache, new in ((k_cache, rotate(k, cos, sin)), (v_cache, v))
-        )
-        return rotate(q, cos, sin), k_cache, v_cache
+        caches = write((k_cache, v_cache), (rotate(k, cos, sin), v), positions, page_table)
+        return rotate(q, cos, sin), *caches
 
     return qkv_heads
 

@@ -1,0 +1,142 @@
+"""What the Pallas TPU kernels share: the chips, the compiler's parameters, and a tree over lanes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float32
+
+LANES = 128
+# Rows that a product has at least: a vector register holds 8 rows of 32 bits, used or not. In the
+# interpreter it keeps XLA:CPU from its matrix-vector product, which sums in another order.
+SUBLANES = 8
+_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+# Of a core's VMEM, 64 MiB on the smallest chip; schedules take less than half of it.
+_VMEM = 56 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A TPU that the kernels are compiled for.
+
+    Attributes:
+      name: as Google writes it.
+      device_kinds: what jax calls its devices.
+      topology: one host's, for a compile without a chip (`jax.experimental.topologies`).
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    topology: str
+
+
+GENERATIONS = (
+    Generation("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2"),
+    Generation("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1"),
+    Generation("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2"),
+    Generation("tpu7x", ("TPU7x",), "tpu7x:2x2x1"),
+)
+
+
+def generation_of(device: Any) -> Generation:
+    """The generation of a jax device, or of one of a topology.
+
+    Raises:
+      NotImplementedError: nobody has compiled the kernels for it.
+    """
+    for generation in GENERATIONS:
+        if device.device_kind in generation.device_kinds:
+            return generation
+    known = ", ".join(g.name for g in GENERATIONS)
+    raise NotImplementedError(
+        f"the TPU kernels have not been compiled for {device.device_kind!r}, only for {known};"
+        " pass implementation='portable' to use plain jnp there"
+    )
+
+
+def compiler_params(*semantics: str) -> pltpu.CompilerParams:
+    """Of a kernel whose grid has dimensions of these semantics, "parallel" or "arbitrary".
+
+    `shape_invariant_numerics`: an operation on a given type of vector always gives the same
+    result, and a map along a dimension does not depend on the dimension's size. The promise
+    of every schedule rests on it.
+    """
+    params = pltpu.CompilerParams(
+        dimension_semantics=tuple(pltpu.GridDimensionSemantics(s) for s in semantics),
+        vmem_limit_bytes=_VMEM,
+        shape_invariant_numerics=True,
+    )
+    assert params.shape_invariant_numerics
+    return params
+
+
+def check_dtypes(op: str, *arrays: jax.Array | None) -> None:
+    """Raise NotImplementedError unless all are of one dtype, bfloat16 or float32."""
+    dtypes = {x.dtype for x in arrays if x is not None}
+    if len(dtypes) != 1 or not dtypes <= set(_OPERANDS):
+        raise NotImplementedError(
+            f"mosaic_tpu {op} takes bfloat16 or float32, all alike;"
+            f" got {', '.join(sorted(map(str, dtypes)))}"
+        )
+
+
+def precision_of(dtype: Any) -> lax.Precision:
+    """Of a product: float32 operands are not narrowed to bfloat16."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def dot_minor(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x[M, K] @ w[N, K].T in float32, in one product of the matrix unit's."""
+    return lax.dot_general(
+        x,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=precision_of(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def lane_index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in its row, int32."""
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+
+
+def fold_lanes(x: jax.Array, merge: Callable[..., jax.Array], neutral: Any) -> jax.Array:
+    """x[R, n] to [R, 128]: merge columns of 128 lanes, the first half with the second, to one.
+
+    An odd number of columns is first continued by one that is `neutral`.
+    """
+    columns = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    while len(columns) > 1:
+        if len(columns) % 2:
+            columns.append(jnp.full_like(columns[0], neutral))
+        half = len(columns) // 2
+        columns = [merge(a, b) for a, b in zip(columns[:half], columns[half:], strict=True)]
+    return columns[0]
+
+
+def across_lanes(x: jax.Array, merge: Callable[..., jax.Array], neutral: Any) -> jax.Array:
+    """x[R, n] merged to [R, 1]: `fold_lanes`, then lanes 64, 32, ..., 1 apart.
+
+    For sums with n a power of two from 128 it is the tree of `trees.tree_sum`. An addition
+    gives the same bits in either order, so that all lanes come to hold the same.
+    """
+    x = fold_lanes(x, merge, neutral)
+    for distance in (64, 32, 16, 8, 4, 2, 1):
+        x = merge(x, pltpu.roll(x, distance, 1))
+    return x[:, :1]
+
+
+def lane_sum(x: Float32[Array, "R n"]) -> Float32[Array, "R 1"]:
+    """The sum of each row in the tree of `across_lanes`."""
+    return across_lanes(x, jnp.add, 0)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple, n itself where it is one."""
+    return pl.cdiv(n, multiple) * multiple
