@@ -1,6 +1,5 @@
-"""What the Pallas TPU kernels share: the chips, the compiler's parameters, and a tree over lanes."""
+"""What the Pallas TPU kernels share: the compiler's parameters, products, a tree over lanes."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,52 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
 
+from jdet.pallas_kernels.generations import OPERANDS
+
 LANES = 128
 # Rows that a product has at least: a vector register holds 8 rows of 32 bits, used or not. In the
 # interpreter it keeps XLA:CPU from its matrix-vector product, which sums in another order.
 SUBLANES = 8
-_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 # Of a core's VMEM, 64 MiB on the smallest chip; schedules take less than half of it.
 _VMEM = 56 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """A TPU that the kernels are compiled for.
-
-    Attributes:
-      name: as Google writes it.
-      device_kinds: what jax calls its devices.
-      topology: one host's, for a compile without a chip (`jax.experimental.topologies`).
-    """
-
-    name: str
-    device_kinds: tuple[str, ...]
-    topology: str
-
-
-GENERATIONS = (
-    Generation("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2"),
-    Generation("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1"),
-    Generation("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2"),
-    Generation("tpu7x", ("TPU7x",), "tpu7x:2x2x1"),
-)
-
-
-def generation_of(device: Any) -> Generation:
-    """The generation of a jax device, or of one of a topology.
-
-    Raises:
-      NotImplementedError: nobody has compiled the kernels for it.
-    """
-    for generation in GENERATIONS:
-        if device.device_kind in generation.device_kinds:
-            return generation
-    known = ", ".join(g.name for g in GENERATIONS)
-    raise NotImplementedError(
-        f"the TPU kernels have not been compiled for {device.device_kind!r}, only for {known};"
-        " pass implementation='portable' to use plain jnp there"
-    )
 
 
 def compiler_params(*semantics: str) -> pltpu.CompilerParams:
@@ -78,7 +39,7 @@ def compiler_params(*semantics: str) -> pltpu.CompilerParams:
 def check_dtypes(op: str, *arrays: jax.Array | None) -> None:
     """Raise NotImplementedError unless all are of one dtype, bfloat16 or float32."""
     dtypes = {x.dtype for x in arrays if x is not None}
-    if len(dtypes) != 1 or not dtypes <= set(_OPERANDS):
+    if len(dtypes) != 1 or not dtypes <= set(OPERANDS):
         raise NotImplementedError(
             f"mosaic_tpu {op} takes bfloat16 or float32, all alike;"
             f" got {', '.join(sorted(map(str, dtypes)))}"

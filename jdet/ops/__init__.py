@@ -31,6 +31,7 @@ from jdet.ops.checks import (
 )
 from jdet.pallas_kernels import OPS, implementation_of
 from jdet.pallas_kernels.gated_matmul import Activation
+from jdet.pallas_kernels.generations import OPERANDS, generation_of
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
 from jdet.pallas_kernels.route import Routing
 
@@ -60,16 +61,16 @@ _HOPPER = "9.0"
 def default_implementation(device: Any = None, dtype: DTypeLike = jnp.bfloat16) -> str:
     """The invariant implementation for `device` (the default one) and a model's dtype.
 
-    `mosaic_gpu` for 16-bit models on Hopper cards (H100, H200); `portable` elsewhere.
+    `mosaic_gpu` for 16-bit models on Hopper cards (H100, H200); `mosaic_tpu` for bfloat16 and
+    float32 on the TPUs it is compiled for (`pallas_kernels.generations`); `portable` elsewhere.
 
     Raises:
-      NotImplementedError: on a TPU.
+      NotImplementedError: on another TPU.
     """
     device = device or jax.devices()[0]
     if device.platform == "tpu":
-        raise NotImplementedError(
-            "no TPU kernel exists yet; pass implementation='portable' to use plain jnp there"
-        )
+        generation_of(device)
+        return "mosaic_tpu" if jnp.dtype(dtype) in OPERANDS else "portable"
     hopper = device.platform == "gpu" and device.compute_capability == _HOPPER
     return "mosaic_gpu" if hopper and jnp.dtype(dtype).itemsize == 2 else "portable"
 
