@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jdet.certify.bisection import Bisection as Bisection
     from jdet.certify.bisection import bisect as bisect
     from jdet.certify.targets import without_device as without_device
+    from jdet.certify.targets import without_tpu as without_tpu
 
 _HOME = {
     "Audit": "jdet.certify.auditing",
@@ -26,6 +27,7 @@ _HOME = {
     "audit": "jdet.certify.auditing",
     "bisect": "jdet.certify.bisection",
     "without_device": "jdet.certify.targets",
+    "without_tpu": "jdet.certify.targets",
 }
 
 __all__ = [*sorted(_HOME)]
