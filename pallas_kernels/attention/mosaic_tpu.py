@@ -104,7 +104,7 @@ def _kernel(
     bounds, *rest = refs
     table = rest.pop(0) if pages is not None else None
     q_ref, at_ref, k_hbm, v_hbm, out_ref, k_buf, v_buf, m_ref, l_ref, o_ref, slot_ref, sems = rest
-    heads, rows, dim = q_ref.shape
+    kv_heads, rows, dim = q_ref.shape
     split = o.kv_split
     core, step = pl.program_id(0), pl.program_id(1)
     steps = pl.num_programs(1)
@@ -132,44 +132,50 @@ def _kernel(
                     target = buf.at[slot, :, slots, :]
                     do(pltpu.make_async_copy(hbm.at[page], target, sems.at[slot, side]))
 
-    def merge_head(head, slot, start):
-        """Merge one head's part of the split in `slot`."""
-        score = dot_minor(q_ref[head], k_buf[slot, head])
+    def merge(heads, slot, start):
+        """Merge some heads' parts of the split in `slot`, step by step, so that they overlap."""
+        scores = [dot_minor(q_ref[head], k_buf[slot, head]) for head in heads]
         if o.soft_cap is None:
-            score = score * o.scale
+            scores = [score * o.scale for score in scores]
         else:
-            score = jnp.tanh(score * (o.scale / o.soft_cap)) * o.soft_cap
-        key, at = start + lane_index(score.shape), at_ref[...]
+            scores = [jnp.tanh(score * (o.scale / o.soft_cap)) * o.soft_cap for score in scores]
+        key, at = start + lane_index(scores[0].shape), at_ref[...]
         seen = key <= at
         if o.sliding_window is not None:
             seen &= key > at - o.sliding_window
-        score = jnp.where(seen, score, -jnp.inf)
-        m_split = jnp.max(score, axis=1, keepdims=True)
-        p = jnp.exp(score - jnp.where(m_split == -jnp.inf, 0.0, m_split))
-        v = v_buf[slot, head]
-        o_split = lax.dot_general(
-            p.astype(v.dtype),
-            v,
-            (((1,), (0,)), ((), ())),
-            precision=precision_of(v.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        if split < LANES:
-            p = jnp.concatenate([p, jnp.zeros((rows, LANES - split), p.dtype)], axis=1)
-        m, m_split = m_ref[head], jnp.broadcast_to(m_split, (rows, LANES))
-        both = jnp.maximum(m, m_split)
-        base = jnp.where(both == -jnp.inf, 0.0, both)
-        a, b = jnp.exp(m - base), jnp.exp(m_split - base)
-        m_ref[head] = both
-        l_ref[head] = l_ref[head] * a + fold_lanes(p, jnp.add, 0) * b
-        o_ref[head] = o_ref[head] * _spread(a, dim) + o_split * _spread(b, dim)
+        scores = [jnp.where(seen, score, -jnp.inf) for score in scores]
+        maxima = [jnp.max(score, axis=1, keepdims=True) for score in scores]
+        weights = [
+            jnp.exp(score - jnp.where(m == -jnp.inf, 0.0, m))
+            for score, m in zip(scores, maxima, strict=True)
+        ]
+        outs = [
+            lax.dot_general(
+                p.astype(v_buf.dtype),
+                v_buf[slot, head],
+                (((1,), (0,)), ((), ())),
+                precision=precision_of(v_buf.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for head, p in zip(heads, weights, strict=True)
+        ]
+        for head, m_split, p, o_split in zip(heads, maxima, weights, outs, strict=True):
+            if split < LANES:
+                p = jnp.concatenate([p, jnp.zeros((rows, LANES - split), p.dtype)], axis=1)
+            m, m_split = m_ref[head], jnp.broadcast_to(m_split, (rows, LANES))
+            both = jnp.maximum(m, m_split)
+            base = jnp.where(both == -jnp.inf, 0.0, both)
+            a, b = jnp.exp(m - base), jnp.exp(m_split - base)
+            m_ref[head] = both
+            l_ref[head] = l_ref[head] * a + fold_lanes(p, jnp.add, 0) * b
+            o_ref[head] = o_ref[head] * _spread(a, dim) + o_split * _spread(b, dim)
 
     def each_head(do):
+        """`do` of all heads at once where they have few rows, or else of one after the other."""
         if rows <= _UNROLLED:
-            for head in range(heads):
-                do(head)
+            do(range(kv_heads))
         else:
-            lax.fori_loop(0, heads, lambda head, _: do(head), None)
+            lax.fori_loop(0, kv_heads, lambda head, _: do([head]), None)
 
     def walk(index, _):
         slot = slot_ref[0]
@@ -188,15 +194,16 @@ def _kernel(
         # What nobody has written, or what was freed, may be NaN, and 0 * NaN is NaN.
         @pl.when((start < low) | (start + split - 1 > last))
         def _():
-            def clear(head):
-                v = v_buf[slot, head].astype(jnp.float32)
-                key = start + lax.broadcasted_iota(jnp.int32, v.shape, 0)
-                kept = jnp.where((key >= low) & (key <= last), v, 0.0)
-                v_buf[slot, head] = kept.astype(v_buf.dtype)
+            def clear(heads):
+                for head in heads:
+                    v = v_buf[slot, head].astype(jnp.float32)
+                    key = start + lax.broadcasted_iota(jnp.int32, v.shape, 0)
+                    kept = jnp.where((key >= low) & (key <= last), v, 0.0)
+                    v_buf[slot, head] = kept.astype(v_buf.dtype)
 
             each_head(clear)
 
-        each_head(functools.partial(merge_head, slot=slot, start=start))
+        each_head(functools.partial(merge, slot=slot, start=start))
         slot_ref[0] = 1 - slot
 
     @pl.when(tile < count)
@@ -211,10 +218,11 @@ def _kernel(
         o_ref[...] = jnp.zeros_like(o_ref)
         lax.fori_loop(bounds[0, tile], bounds[1, tile], walk, None)
 
-        def finish(head):
-            total = lane_sum(l_ref[head])
-            out = jnp.where(total == 0, 0.0, o_ref[head] / total)
-            out_ref[head] = out.astype(out_ref.dtype)
+        def finish(heads):
+            for head in heads:
+                total = lane_sum(l_ref[head])
+                out = jnp.where(total == 0, 0.0, o_ref[head] / total)
+                out_ref[head] = out.astype(out_ref.dtype)
 
         each_head(finish)
 
@@ -351,6 +359,4 @@ def attention(
         return q
     o = _Options(scale, kv_split, sliding_window, soft_cap)
     s = schedule or default_schedule(q.shape[1], q.shape[2] // k_cache.shape[1])
-    return _attention(
-        q, k_cache, v_cache, positions, page_table, o=o, s=s, interpret=interpret
-    )
+    return _attention(q, k_cache, v_cache, positions, page_table, o=o, s=s, interpret=interpret)

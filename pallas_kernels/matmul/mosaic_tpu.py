@@ -84,6 +84,14 @@ def k_block(k: int, itemsize: int) -> int:
     return best if 4 * best >= most else most
 
 
+def block_of(k: int, leaves: int, itemsize: int) -> int:
+    """The size of the tree's blocks: one that divides a leaf where there is such a one."""
+    leaf = k // leaves
+    block = k_block(leaf, itemsize)
+    even = leaf % block == 0 and (leaves == 1 or block % LANES == 0)
+    return block if even else k_block(k, itemsize)
+
+
 def default_schedule(m: int, n: int, k: int, itemsize: int, gated: bool = False) -> Schedule:
     """The schedule to use for a shape; n is y's columns. Speed only."""
     block = k_block(k, itemsize)
@@ -130,6 +138,22 @@ def at_least_sublanes(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)])
 
 
+def epilogue(
+    acc_ref: Any, rows: int, dtype: Any, bias: jax.Array | None, gate: Gate | None
+) -> jax.Array:
+    """The float32 results of a tile's first `rows`, before their rounding."""
+    halves, leaves = acc_ref.shape[:2]
+    results = [
+        balanced_sum([acc_ref[half, leaf] for leaf in range(leaves)])[:rows]
+        for half in range(halves)
+    ]
+    if bias is not None:
+        results = [y + bias.astype(jnp.float32) for y in results]
+    if gate is None:
+        return results[0]
+    return gate(*(y.astype(dtype).astype(jnp.float32) for y in results))
+
+
 def _kernel(*refs: Any, k: int, leaves: int, has_bias: bool, gate: Gate | None) -> None:
     """refs are x, w, perhaps bias, y, and the accumulators [halves, leaves, rows, columns]."""
     x_ref, w_ref, *optional, y_ref, acc_ref = refs
@@ -146,16 +170,8 @@ def _kernel(*refs: Any, k: int, leaves: int, has_bias: bool, gate: Gate | None) 
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _():
-        rows = y_ref.shape[0]
-        results = [
-            balanced_sum([acc_ref[half, leaf] for leaf in range(leaves)])[:rows]
-            for half in range(acc_ref.shape[0])
-        ]
-        if has_bias:
-            results = [y + optional[0][...].astype(jnp.float32) for y in results]
-        if gate is not None:
-            results = [gate(*(y.astype(x_ref.dtype).astype(jnp.float32) for y in results))]
-        y_ref[...] = results[0].astype(y_ref.dtype)
+        bias = optional[0][...] if has_bias else None
+        y_ref[...] = epilogue(acc_ref, y_ref.shape[0], x_ref.dtype, bias, gate).astype(y_ref.dtype)
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
@@ -164,9 +180,7 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, interpret):
     m, k = x.shape
     halves = 1 if gate is None else 2
     n = w.shape[0] // halves
-    leaf = k_block(k // leaves, x.dtype.itemsize)
-    even = (k // leaves) % leaf == 0 and (leaf % LANES == 0 or leaves == 1)
-    block = leaf if even else k_block(k, x.dtype.itemsize)
+    block = block_of(k, leaves, x.dtype.itemsize)
     specs = [pl.BlockSpec((s.bm, block), lambda i, j, b: (i, b))]
     if gate is None:
         specs.append(pl.BlockSpec((s.bn, block), lambda i, j, b: (j, b)))

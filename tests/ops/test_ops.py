@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jdet import pallas_kernels
 from jdet.contract import Contract
 from jdet.ops import Ops, checks, default_implementation
+from jdet.pallas_kernels.generations import GENERATIONS
 from jdet.pallas_kernels.route import Routing
 
 
@@ -280,21 +282,23 @@ def test_unknown_implementation(name):
 
 def test_implementation_that_does_not_cover_every_op():
     """It says which op, and what there is; nothing falls back in silence."""
-    with pytest.raises(NotImplementedError, match="has no 'mosaic_tpu' .* it has: reference, port"):
-        Ops("mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="has no 'jax_triton' .* it has: reference, port"):
+        Ops("jax_triton")
 
 
-def test_mosaic_gpu_covers_every_op():
-    assert Ops("mosaic_gpu").implementation == "mosaic_gpu"
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_kernels_cover_every_op(name):
+    assert Ops(name).implementation == name
     for op in pallas_kernels.OPS:
-        assert "mosaic_gpu" in pallas_kernels.available(op)
+        assert name in pallas_kernels.available(op)
 
 
-@pytest.mark.parametrize("op", pallas_kernels.OPS)
-def test_no_kernel_for_tpu_yet(op):
-    message = f"^{op} has no 'mosaic_tpu' implementation yet; it has: reference, portable, xla"
-    with pytest.raises(NotImplementedError, match=message):
-        pallas_kernels.implementation_of(op, "mosaic_tpu")
+def test_kernels_for_tpu_run_on_a_cpu_only_when_interpreted():
+    x, w = jnp.ones((3, 8)), jnp.ones((5, 8))
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):
+        Ops("mosaic_tpu").matmul(x, w)
+    with pltpu.force_tpu_interpret_mode():
+        assert (Ops("mosaic_tpu").matmul(x, w) == 8).all()
 
 
 @pytest.mark.parametrize("op", pallas_kernels.OPS)
@@ -318,8 +322,23 @@ def test_default_implementation_follows_the_device_and_the_dtype():
     assert default("gpu", "9.0") == default("gpu", "9.0", jnp.float16) == "mosaic_gpu"
     assert default("gpu", "9.0", jnp.float32) == "portable"
     assert default_implementation() == default_implementation(jax.devices()[0])
-    with pytest.raises(NotImplementedError, match="no TPU kernel .*implementation='portable'"):
-        default("tpu")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for generation in GENERATIONS for kind in generation.device_kinds]
+)
+def test_default_implementation_on_a_tpu(kind):
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert default_implementation(device, dtype) == "mosaic_tpu"
+    assert default_implementation(device, jnp.float16) == "portable"
+
+
+def test_tpu_that_nobody_compiled_for():
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v4")
+    message = "not been compiled for 'TPU v4', only for v5e, v5p, v6e, tpu7x; .*'portable'"
+    with pytest.raises(NotImplementedError, match=message):
+        default_implementation(device)
 
 
 def test_ops_are_static_arguments():

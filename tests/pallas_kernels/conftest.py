@@ -6,9 +6,12 @@ implementation that runs on the machine of the tests joins by its name in these 
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from jdet.compiler import jit
 from jdet.pallas_kernels import implementation_of
@@ -227,6 +230,27 @@ def assert_rows_alike(assert_same_bits):
                 assert_same_bits(actual, np.asarray(expected)[pick], f"M={m}")
 
     return check
+
+
+@pytest.fixture
+def simulated_tpu():
+    """simulated_tpu(f, *args, seed=0): f in Pallas' simulator of a TPU, which must find no race.
+
+    Memory that nobody has written holds NaN, and the order of parallel grid dimensions is drawn.
+    f takes `interpret`.
+    """
+
+    def run(f, *args, seed=0, **kwargs):
+        params = pltpu.InterpretParams(detect_races=True, random_seed=seed)
+        try:
+            out = jax.block_until_ready(f(*args, interpret=params, **kwargs))
+            # jax 0.11.2 tells of a race nowhere else.
+            assert not interpret_pallas_call.races.races_found
+        finally:
+            pltpu.reset_tpu_interpret_mode_state()
+        return out
+
+    return run
 
 
 def _tuple(x):
