@@ -132,9 +132,7 @@ def main() -> None:
     }
     for chip in chips:
         for shape in CASES:
-            ours, plain = (
-                case(chip, name, shape, args.seconds) for name in ("mosaic_tpu", "xla")
-            )
+            ours, plain = (case(chip, name, shape, args.seconds) for name in ("mosaic_tpu", "xla"))
             row: dict[str, Any] = {"chip": chip, "batch": shape[0], "length": shape[1]}
             if ours["cycles"] and plain["cycles"]:
                 row["ratio_of_cycles"] = round(ours["cycles"] / plain["cycles"], 3)
