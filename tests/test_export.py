@@ -99,7 +99,12 @@ def test_the_calling_convention(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("implementation", "platform", "kernel"),
-    [("portable", "tpu", None), ("portable", "cuda", None), ("mosaic_gpu", "cuda", "mosaic_gpu")],
+    [
+        ("portable", "tpu", None),
+        ("portable", "cuda", None),
+        ("mosaic_gpu", "cuda", "mosaic_gpu"),
+        ("mosaic_tpu", "tpu", "tpu_custom_call"),
+    ],
 )
 def test_a_cpu_exports_for_other_platforms(
     implementation: str, platform: str, kernel: str | None, tmp_path: Path

@@ -106,13 +106,14 @@ def _kernel(i: Instruction) -> Kernel:
 
 @pytest.fixture(scope="session")
 def compiled():
-    """compiled(chip, implementation, function, shapes): the `Program` for one TPU."""
+    """compiled(chip, implementation, function, shapes, donate): the `Program` for one TPU."""
     topologies = {g.name: g.topology for g in GENERATIONS}
 
-    def compile_for(chip, implementation, function, shapes):
+    def compile_for(chip, implementation, function, shapes, donate=()):
         options = jdet.compiler_options(implementation, "tpu")
         place = without_tpu(topologies[chip])
-        lowered = jax.jit(function, compiler_options=options).lower(*place(shapes))
+        jitted = jax.jit(function, compiler_options=options, donate_argnums=donate)
+        lowered = jitted.lower(*place(shapes))
         module = Module(lowered.compile().as_text())
         calls = [i for i in module.instructions if "tpu_custom_call" in i.line]
         return Program(tuple(module.not_harmless()), tuple(map(_kernel, calls)))

@@ -31,7 +31,8 @@ KERNELS = {
 }
 # Kernels whose last dimension of the grid walks terms of a sum, not rows.
 WALKS_TERMS = ("jdet_matmul", "jdet_gated_matmul", "jdet_log_normalizer")
-VMEM = 64 * 2**20  # of the smallest chip's core
+# Of a core, MiB: what the compiler gave a kernel and what it keeps around it is within.
+VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +50,15 @@ def step(compiled):
             context=2048 if length == 1 else length,
             page_size=64 if length == 1 else None,
         )
-        return compiled(chip, implementation, function, shapes)
+        return compiled(chip, implementation, function, shapes, donate=2)  # the cache
 
     return compile_step
 
 
-def check(program):
+def check(chip, program):
     assert program.count == KERNELS
     assert [i.line[:200] for i in program.findings] == []
-    assert all(0 < k.vmem <= VMEM for k in program.kernels)
+    assert all(0 < k.vmem <= VMEM[chip] * 2**20 for k in program.kernels)
     assert all(k.invariant_numerics for k in program.kernels)
 
 
@@ -74,7 +75,7 @@ def test_decode(step, chip, model):
     """At batch 1, 8 and 64: the same sums, in the same order, over the same terms."""
     programs = [step(chip, model, "mosaic_tpu", batch) for batch in (1, 8, 64)]
     for program in programs:
-        check(program)
+        check(chip, program)
     one, *others = (sorted(structure(program), key=str) for program in programs)
     assert [k for k in one if "tpu.matmul" in k[1]] and all(k[1] for k in one)
     for other in others:
@@ -85,7 +86,7 @@ def test_decode(step, chip, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_prefill(step, model):
-    check(step("v6e", model, "mosaic_tpu", 1, 2048))
+    check("v6e", step("v6e", model, "mosaic_tpu", 1, 2048))
 
 
 def test_negative_control(step):
