@@ -94,15 +94,13 @@ def _spread(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def _kernel(
-    *refs: Any, o: _Options, count: int, tiles: int, pages: int | None, page_size: int
-) -> None:
+def _kernel(*refs: Any, o: _Options, count: int, tiles: int, pages: int, page_size: int) -> None:
     """refs: bounds [4, count] of each tile: its first split, its end, the first and last position
-    that it sees; perhaps the page table, flat; q, positions, k, v; out; the buffers of k and v;
-    m, l, o; the buffer in use; semaphores.
+    that it sees; with `pages` a row, the page table, flat; q, positions, k, v; out; the buffers of
+    k and v; m, l, o; the buffer in use; semaphores.
     """
     bounds, *rest = refs
-    table = rest.pop(0) if pages is not None else None
+    table: Any = rest.pop(0) if pages else None
     q_ref, at_ref, k_hbm, v_hbm, out_ref, k_buf, v_buf, m_ref, l_ref, o_ref, slot_ref, sems = rest
     kv_heads, rows, dim = q_ref.shape
     split = o.kv_split
@@ -115,7 +113,7 @@ def _kernel(
         """`do` each copy of split `index` of `tile`."""
         row = lax.div(tile, tiles)
         sides = ((k_hbm, k_buf, 0), (v_hbm, v_buf, 1))
-        if table is None:
+        if not pages:
             for hbm, buf, side in sides:
                 source = hbm.at[row, :, pl.ds(pl.multiple_of(index * split, split), split), :]
                 do(pltpu.make_async_copy(source, buf.at[slot], sems.at[slot, side]))
@@ -280,7 +278,7 @@ def _attention(q, k_cache, v_cache, positions, page_table, *, o, s, interpret):
             o=o,
             count=count,
             tiles=tiles,
-            pages=None if page_table is None else page_table.shape[1],
+            pages=0 if page_table is None else page_table.shape[1],
             page_size=page_size,
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),

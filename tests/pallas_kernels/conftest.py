@@ -5,6 +5,7 @@ implementation that runs on the machine of the tests joins by its name in these 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -244,8 +245,8 @@ def simulated_tpu():
         params = pltpu.InterpretParams(detect_races=True, random_seed=seed)
         try:
             out = jax.block_until_ready(f(*args, interpret=params, **kwargs))
-            # jax 0.11.2 tells of a race nowhere else.
-            assert not interpret_pallas_call.races.races_found
+            races: Any = interpret_pallas_call.races  # jax 0.11.2 tells of a race nowhere else
+            assert not races.races_found
         finally:
             pltpu.reset_tpu_interpret_mode_state()
         return out

@@ -36,7 +36,8 @@ def prefill(request_):
     @functools.cache
     def call(dtype, options):
         positions = jnp.arange(LENGTH, dtype=jnp.int32)[None]
-        return run(*request_(dtype), positions, **OPTIONS[options], interpret=True)
+        q, k, v = request_(dtype)
+        return run(q, k, v, positions, **OPTIONS[options], interpret=True)
 
     return call
 
@@ -62,7 +63,8 @@ def test_chunk_and_tiles(request_, prefill, assert_same_bits):
     whole = prefill(dtype, "plain")
     assert_same_bits(part(request_(dtype), 37, 101), whole[:, 37:101])
     positions = jnp.arange(LENGTH, dtype=jnp.int32)[None]
-    tiles = run(*request_(dtype), positions, schedule=Schedule(40), interpret=True)
+    q, k, v = request_(dtype)
+    tiles = run(q, k, v, positions, schedule=Schedule(40), interpret=True)
     assert_same_bits(tiles, whole)
 
 
