@@ -13,6 +13,7 @@ made. The program is compiled where it is loaded, with jdet's options. Needs the
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array, Int32
 
@@ -31,6 +32,9 @@ from jdet.compiler import jit
 from jdet.completion import LanguageModel
 from jdet.decoding import GeneratedTokens, generate_tokens
 from jdet.sampling import SamplingArrays, SamplingParams, sampling_arrays
+
+# jit puts numpy arrays on the device.
+Given = Array | np.ndarray
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Implementations that are for one platform; the others are jnp, and for all.
@@ -64,7 +68,7 @@ class Header:
 
 
 def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
 
 
 def _weights(leaves: Sequence[Any]) -> list[str]:
@@ -196,8 +200,8 @@ class Generate:
 
     def __call__(
         self,
-        prompts: Int32[Array, "B P"],
-        prompt_lengths: Int32[Array, " B"],
+        prompts: Int32[Given, "B P"],
+        prompt_lengths: Int32[Given, " B"],
         sampling: SamplingArrays,
     ) -> GeneratedTokens:
         """Generate for right-padded prompts; results as of `jdet.generate_tokens`, bit for bit.

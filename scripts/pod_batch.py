@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,7 +28,7 @@ from jdet.batch.parts import check_parts, merge, part, wait_for
 from jdet.batch.runner import BatchRunner
 
 
-def work(options: BatchOptions, source: Path, target: Path, device: jax.Device) -> BatchRunner:
+def work(options: BatchOptions, source: Path, target: Path, device: Any) -> BatchRunner:
     """Write the part of one device; returns its runner."""
     devices = jax.devices()
     worker, workers = devices.index(device), len(devices)

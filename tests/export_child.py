@@ -22,11 +22,13 @@ def refuse(*args: Any) -> Any:
 def main(path: str, arguments: str, results: str) -> None:
     config = DecoderConfig.from_hf(tiny_config())
     model = jdet.random_model(config, dtype="bfloat16", implementation="portable")
-    Decoder.__call__ = refuse
+    decoder_class: Any = Decoder
+    decoder_class.__call__ = refuse
     given = np.load(arguments)
     sampling = SamplingArrays(*(given[name] for name in SamplingArrays._fields))
     found = jdet.export.load(path, model)(given["prompts"], given["lengths"], sampling)
-    np.savez(results, **{name: np.asarray(x) for name, x in found._asdict().items()})
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in found._asdict().items()}
+    np.savez(results, **arrays)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def estimate(place: Any, folder: Path, implementation: str, op: str, shape: Any)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="The TPU compiler's own estimates.")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--chips", default="v6e,tpu7x", help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--products", default=";".join(PRODUCTS), help="separated by semicolons")

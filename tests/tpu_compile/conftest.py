@@ -8,7 +8,7 @@ import re
 
 import jax
 import pytest
-from jax._src.lib import tpu
+from jax._src.lib import tpu  # pyright: ignore[reportPrivateImportUsage]
 from jaxlib.mlir import ir, passmanager
 
 import jdet
@@ -114,7 +114,7 @@ def compiled():
         place = without_tpu(topologies[chip])
         jitted = jax.jit(function, compiler_options=options, donate_argnums=donate)
         lowered = jitted.lower(*place(shapes))
-        module = Module(lowered.compile().as_text())
+        module = Module(lowered.compile().as_text() or "")
         calls = [i for i in module.instructions if "tpu_custom_call" in i.line]
         return Program(tuple(module.not_harmless()), tuple(map(_kernel, calls)))
 
