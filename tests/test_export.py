@@ -118,7 +118,7 @@ def test_a_cpu_exports_for_other_platforms(
     assert read_header(path) == header
     assert (header.platform, header.implementation) == (platform, implementation)
     assert header.fingerprint == abstract.ops.fingerprint
-    assert kernel is None or path.read_bytes().count(kernel.encode()) >= 2
+    assert kernel is None or kernel.encode() in path.read_bytes()
     with pytest.raises(ValueError, match=f"platform {platform}, here cpu"):
         jdet.export.load(path, abstract)
 

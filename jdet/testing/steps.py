@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jdet.cache import KVCache, create_cache
 from jdet.decoding import Decoder, Group, last_states, next_token, round_up
-from jdet.models.config import DecoderConfig
-from jdet.models.decoder import Decoder as NewDecoder
 from jdet.ops import Ops
 from jdet.sampling import Asks, SamplingArrays, SamplingParams, sampling_arrays
 
@@ -48,18 +45,18 @@ def step(
 
 
 def step_shapes(
-    config: DecoderConfig,
+    decoder: Decoder,
     ops: Ops,
     *,
     batch: int,
     length: int = 1,
     context: int | None = None,
     page_size: int | None = None,
-    dtype: str = "bfloat16",
 ) -> tuple[Callable[..., Stepped], tuple[Any, ...]]:
     """(`step` on `ops`, the shapes of its arguments), of `length` tokens in each of `batch` rows.
 
     Args:
+      decoder: of shapes or arrays (`nnx.eval_shape` makes one without weights).
       context: slots of a row's cache (default: what the tokens need).
       page_size: of a paged cache, which then has a page table; None: a contiguous one.
     """
@@ -68,14 +65,12 @@ def step_shapes(
     def operands() -> tuple[Any, ...]:
         tokens = jnp.zeros((batch, length), jnp.int32)
         if page_size is None:
-            table, cache = None, create_cache(config, batch, slots, dtype)
+            table, cache = None, create_cache(decoder.config, batch, slots, decoder.dtype)
         else:
             pages = slots // page_size
             table = jnp.zeros((batch, pages), jnp.int32)
-            cache = create_cache(config, batch * pages, page_size, dtype)
+            cache = create_cache(decoder.config, batch * pages, page_size, decoder.dtype)
         sampling = sampling_arrays([SamplingParams(temperature=0)] * batch)
         return Group(tokens, tokens, table), cache, jnp.zeros(batch, jnp.int32), sampling
 
-    decoder = nnx.eval_shape(lambda: NewDecoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    shapes = decoder, *jax.eval_shape(operands)
-    return functools.partial(step, ops=ops), shapes
+    return functools.partial(step, ops=ops), (decoder, *jax.eval_shape(operands))

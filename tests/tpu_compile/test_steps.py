@@ -11,9 +11,11 @@ import dataclasses
 import functools
 
 import pytest
+from flax import nnx
 
 import jdet
 from jdet.models.config import CONFIGS
+from jdet.models.decoder import Decoder
 from jdet.testing.steps import step_shapes
 
 LAYERS = 2
@@ -42,8 +44,10 @@ def step(compiled):
     @functools.cache
     def compile_step(chip, model, implementation, batch, length=1):
         # Decode: pages, as the engine has them.
+        config = MODELS[model]
+        decoder = nnx.eval_shape(lambda: Decoder(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
         function, shapes = step_shapes(
-            MODELS[model],
+            decoder,
             jdet.Ops(implementation),
             batch=batch,
             length=length,
