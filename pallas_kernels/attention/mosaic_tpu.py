@@ -64,6 +64,7 @@ from jdet.pallas_kernels.tpu import (
 )
 
 _ROWS = 512  # of a tile, at most, unless a query has more heads
+_ELEMENTS = 2**19  # of a tile's queries, at most, all key heads together
 _UNROLLED = 64  # rows up to which all heads are written out, to overlap
 
 
@@ -74,9 +75,10 @@ class Schedule:
     queries: int
 
 
-def default_schedule(length: int, group: int) -> Schedule:
+def default_schedule(length: int, group: int, kv_heads: int, dim: int) -> Schedule:
     """The schedule to use for a number of queries a row. Speed only."""
-    return Schedule(min(length, max(1, _ROWS // group)))
+    rows = min(_ROWS, _ELEMENTS // (kv_heads * max(dim, LANES)))
+    return Schedule(min(length, max(1, rows // group)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,5 +358,6 @@ def attention(
     if not q.size:
         return q
     o = _Options(scale, kv_split, sliding_window, soft_cap)
-    s = schedule or default_schedule(q.shape[1], q.shape[2] // k_cache.shape[1])
+    kv_heads = k_cache.shape[1]
+    s = schedule or default_schedule(q.shape[1], q.shape[2] // kv_heads, kv_heads, dim)
     return _attention(q, k_cache, v_cache, positions, page_table, o=o, s=s, interpret=interpret)

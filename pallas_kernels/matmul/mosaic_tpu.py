@@ -26,7 +26,7 @@ alone, and are not stored.
 [2 F, K], read as [2, F, K], and a step multiplies a block of each half.
 
 Budget: VMEM = two buffers each of x's, w's and y's blocks and one accumulator a leaf, under
-28 MiB.
+20 MiB, and 32 with 8 leaves.
 
 No TPU has run this kernel: it was interpreted, and compiled for v5e, v5p, v6e and tpu7x.
 

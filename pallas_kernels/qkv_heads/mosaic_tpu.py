@@ -7,8 +7,9 @@ float32, rounded to x's dtype; without a weight y = x. Then y * cos + y' * sin i
 other half's element and sin negated for the first half, rounded once. Values are copied.
 
 The kernel reads the projection as it lies, [tokens, width], in columns of 128 lanes: one head, two
-heads of 64, or half a head. XLA writes keys and values to their slots, as for `portable`: a
-scatter in place, which moves bits and adds nothing.
+heads of 64, or half a head. XLA writes keys and values to their slots: a scatter, which moves bits
+and adds nothing, of rows of D into the cache seen as one matrix. With windows over the heads, as
+`portable` has it, XLA would lay the cache out anew, and copy all of it, around each attention.
 
 Schedule (what the bits do not depend on): the number of tokens in a block.
 
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jdet.pallas_kernels.qkv_heads.reference import write
+from jdet.pallas_kernels.qkv_heads.reference import slots
 from jdet.pallas_kernels.tpu import (
     LANES,
     check_dtypes,
@@ -94,6 +95,21 @@ def _kernel(*refs: Any, dim: int, q_width: int, eps: float, normed: tuple[bool, 
             out_ref[:, start + i : start + i + LANES] = turned.astype(out_ref.dtype)
 
 
+def _write(
+    cache: jax.Array, heads: jax.Array, positions: jax.Array, page_table: jax.Array | None
+) -> jax.Array:
+    """cache [P, Hkv, S, D] with heads [B, T, Hkv, D] in the slots of their positions."""
+    pages, kv_heads, size, dim = cache.shape
+    page, slot = (x[..., None] for x in slots(positions, cache, page_table))
+    row = (page * kv_heads + jnp.arange(kv_heads)) * size + slot
+    # Places beyond the last, all different, for what is written nowhere.
+    beyond = cache.size // dim + jnp.arange(row.size).reshape(row.shape)
+    row = jnp.where((page < pages) & (slot < size), row, beyond)
+    flat = cache.reshape(-1, dim).at[row.reshape(-1)]
+    new = flat.set(heads.reshape(-1, dim), mode="drop", unique_indices=True)
+    return new.reshape(cache.shape)
+
+
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
 @functools.partial(jax.jit, static_argnames=("eps", "block_tokens", "interpret"))
 def _qkv_heads(
@@ -145,7 +161,10 @@ def _qkv_heads(
     )(flat, cos, sin, *weights)
     q, k = jnp.split(turned, [turned_width - kv_width], axis=1)
     q, k, v = (x.reshape(batch, length, -1, dim) for x in (q, k, flat[:, turned_width:]))
-    return q, *write(caches, (k, v), positions, page_table)
+    k_cache, v_cache = (
+        _write(cache, new, positions, page_table) for cache, new in zip(caches, (k, v), strict=True)
+    )
+    return q, k_cache, v_cache
 
 
 def qkv_heads(

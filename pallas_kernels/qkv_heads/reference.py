@@ -10,7 +10,7 @@ from jdet.pallas_kernels.rms_norm.reference import rms_norm
 from jdet.pallas_kernels.rope.reference import rotate
 
 
-def _slots(
+def slots(
     positions: Int32[Array, "B T"],
     cache: Float[Array, "P Hkv S D"],
     page_table: Int32[Array, "B N"] | None,
@@ -30,21 +30,6 @@ def _slots(
         slot = positions % size
         written &= page >= 0
     return jnp.where(written, page, pages + rows), jnp.where(written, slot, columns)
-
-
-def write(
-    caches: tuple[Float[Array, "P Hkv S D"], Float[Array, "P Hkv S D"]],
-    heads: tuple[Float[Array, "B T Hkv D"], Float[Array, "B T Hkv D"]],
-    positions: Int32[Array, "B T"],
-    page_table: Int32[Array, "B N"] | None,
-) -> tuple[Float[Array, "P Hkv S D"], Float[Array, "P Hkv S D"]]:
-    """The caches with the tokens' heads in the slots of their positions."""
-    page, slot = _slots(positions, caches[0], page_table)
-    k, v = (
-        cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
-        for cache, new in zip(caches, heads, strict=True)
-    )
-    return k, v
 
 
 def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,8 +75,12 @@ def with_norm(rms_norm: Callable[..., Any]) -> Callable[..., Any]:
             q, _ = rms_norm(q, q_norm, eps=eps)
         if k_norm is not None:
             k, _ = rms_norm(k, k_norm, eps=eps)
-        caches = write((k_cache, v_cache), (rotate(k, cos, sin), v), positions, page_table)
-        return rotate(q, cos, sin), *caches
+        page, slot = slots(positions, k_cache, page_table)
+        k_cache, v_cache = (
+            cache.at[page, :, slot].set(new, mode="drop", unique_indices=True)
+            for cache, new in ((k_cache, rotate(k, cos, sin)), (v_cache, v))
+        )
+        return rotate(q, cos, sin), k_cache, v_cache
 
     return qkv_heads
 

@@ -255,7 +255,7 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="float16"):
         jdet.random_model("Qwen3-8B", dtype="float16")
     with pytest.raises(NotImplementedError, match="portable"):
-        jdet.load(str(GOLDEN), implementation="mosaic_tpu")
+        jdet.load(str(GOLDEN), implementation="jax_triton")
 
 
 def test_models_whose_hopper_kernels_no_card_has_run_are_portable_there():

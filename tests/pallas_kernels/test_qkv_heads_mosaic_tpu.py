@@ -66,6 +66,20 @@ def test_simulated(case, simulated_tpu, assert_same_bits):
         assert_same_bits(a, b)
 
 
+def test_slots_in_pages(case, normal, op, assert_same_bits):
+    """Pages of 16, one of them missing; positions beyond the table write nothing."""
+    args = case(SIZES["odd, of 64"], jnp.bfloat16)
+    pages = (jnp.asarray(normal(i, (5, 1, 16, 64), jnp.bfloat16)) for i in (5, 6))
+    args |= dict(zip(("k_cache", "v_cache"), pages, strict=True))
+    args["positions"] = args["positions"].at[0, 3].set(40)
+    args["page_table"] = jnp.array([[3, 1], [-1, 4]], jnp.int32)
+    want = op("qkv_heads", "portable")(**args, eps=EPS)
+    got = mosaic_tpu.qkv_heads(**args, eps=EPS, interpret=True)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+    assert (got[1] != args["k_cache"]).any()
+
+
 def test_refuses_other_head_sizes(case):
     args = case((2, 1, 64), jnp.float32)
     args["k_cache"] = args["v_cache"] = jnp.zeros((2, 1, 32, 32))
