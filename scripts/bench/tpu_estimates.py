@@ -17,7 +17,7 @@ than the roofline's mean bound by HBM, and `bound` is the greater of the two. Wh
 (copy-start) is in nobody's cycles; the roofline has it. A loop that ends where the data say counts
 as the profile guesses, so `attention` has no estimate, and no whole step has one. The profile walks
 every turn of every loop, in minutes and gigabytes for long ones: so it is asked of single
-products, and the head is cut. 0 cycles are no estimate. On v5e and v5p libtpu 0.0.48.1 aborts
+products, and the head is cut. 0 cycles are no estimate: `gated_matmul` gets none. On v5e and v5p libtpu 0.0.48.1 aborts
 while it writes a profile of a Mosaic call.
 """
 
@@ -44,7 +44,6 @@ PRODUCTS = {
     "out": ("matmul", 4096, 4096),
     "down": ("matmul", 4096, 12288),
     "head, cut": ("matmul", 8192, 4096),
-    "gate_up": ("gated_matmul", 24576, 4096),
 }
 
 
@@ -63,7 +62,7 @@ def estimate(place: Any, folder: Path, implementation: str, op: str, shape: Any)
     jitted = jax.jit(getattr(jdet.Ops(implementation), op), compiler_options=options)
     start = time.perf_counter()
     compiled = jitted.lower(*place(given)).compile()
-    cycles = {}
+    cycles: dict[str, int] = {}
     for path in folder.iterdir():
         text = path.read_text()
         [name] = re.findall(r'op_name: "(.*)"', text)
