@@ -17,8 +17,8 @@ than the roofline's mean bound by HBM, and `bound` is the greater of the two. Wh
 (copy-start) is in nobody's cycles; the roofline has it. A loop that ends where the data say counts
 as the profile guesses, so `attention` has no estimate, and no whole step has one. The profile walks
 every turn of every loop, in minutes and gigabytes for long ones: so it is asked of single
-products, and the head is cut. 0 cycles are no estimate: `gated_matmul` gets none. On v5e and v5p libtpu 0.0.48.1 aborts
-while it writes a profile of a Mosaic call.
+products, and the head is cut. 0 cycles are no estimate: `gated_matmul` gets none. On v5e and v5p
+libtpu 0.0.48.1 aborts while it writes a profile of a Mosaic call.
 """
 
 import argparse
