@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := env
-.PHONY: env demo test test-gpu-compile test-ray lint lint-site types imports bench clean
+.PHONY: env demo test test-gpu-compile test-tpu test-ray lint lint-site types imports bench clean
 
 PYTHON ?= python3
 JAX := 0.11.2
@@ -39,6 +39,14 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 	  'jax-cuda13-plugin==$(JAX)' 'jax-cuda13-pjrt==$(JAX)'
 	touch $@
 
+# What compiles for TPUs without one: libtpu.
+.venv-tpu/.jdet-env: export PATH := $(PATH)$(addprefix :,$(PYENV312))
+.venv-tpu/.jdet-env: pyproject.toml Makefile $(filter .venv-uv/%,$(UV))
+	.venv-tpu/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	  || $(UV) venv --clear --python 3.12 .venv-tpu
+	$(UV) pip install --python .venv-tpu/bin/python --editable '.[test,tpu,export]' 'jax==$(JAX)'
+	touch $@
+
 .venv-ray/.jdet-env: export PATH := $(PATH)$(addprefix :,$(PYENV312))
 .venv-ray/.jdet-env: pyproject.toml Makefile $(filter .venv-uv/%,$(UV))
 	.venv-ray/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
@@ -63,6 +71,10 @@ test: env
 # Compiles decode steps for an H100, in an environment of its own (1.5 GB); needs no GPU.
 test-gpu-compile: .venv-gpu/.jdet-env
 	JAX_PLATFORMS=cpu .venv-gpu/bin/pytest tests/gpu_compile
+
+# Compiles kernels and steps for TPUs, in an environment of its own (1 GB); needs no TPU.
+test-tpu: .venv-tpu/.jdet-env
+	JAX_PLATFORMS=cpu .venv-tpu/bin/pytest tests/tpu_compile
 
 # A batch over two Ray workers, in an environment of its own.
 test-ray: .venv-ray/.jdet-env
@@ -89,7 +101,7 @@ lint-site:
 bench: env
 	$(BIN)/python scripts/bench/cpu_model.py
 
-# Keeps .venv, .venv-gpu, .venv-ray, .venv-uv and downloaded models.
+# Keeps .venv, .venv-gpu, .venv-ray, .venv-tpu, .venv-uv and downloaded models.
 clean:
 	rm -rf build dist *.egg-info demo.json demo.png
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis

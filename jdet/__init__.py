@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jdet import certify as certify
+    from jdet import export as export
     from jdet.compiler import compiler_options as compiler_options
     from jdet.compiler import jit as jit
     from jdet.completion import Completion as Completion
@@ -46,13 +47,13 @@ _HOME = {
     "score": "jdet.scoring",
 }
 
-_PACKAGES = ("certify",)
+_MODULES = ("certify", "export")
 
-__all__ = ["__version__", *sorted(_HOME), *_PACKAGES]
+__all__ = ["__version__", *sorted(_HOME), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
+    if name in _MODULES:
         return importlib.import_module(f"jdet.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jdet' has no attribute {name!r}")

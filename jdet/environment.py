@@ -12,7 +12,8 @@ from jdet import __version__
 from jdet.compiler import EnvironmentRefused, check_environment, compiler_options
 from jdet.contract import Contract
 from jdet.ops import Ops, default_implementation
-from jdet.pallas_kernels import OPS, available
+from jdet.pallas_kernels import OPS, available, implementation_of
+from jdet.pallas_kernels.generations import GENERATIONS
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -40,10 +41,27 @@ def device() -> dict[str, Any]:
     return {
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
+        **_generation(devices[0]),
         "count": len(devices),
         "host_cpu": cpu_name(),
         "host_cores": os.cpu_count(),
     }
+
+
+def _generation(device: Any) -> dict[str, str | None]:
+    """Of a TPU, its generation if the kernels have been compiled for it."""
+    if device.platform != "tpu":
+        return {}
+    names = (g.name for g in GENERATIONS if device.device_kind in g.device_kinds)
+    return {"generation": next(names, None)}
+
+
+def kernels(implementation: str) -> list[str]:
+    """The ops that have a kernel of their own in it; the others are jnp, which sums nothing."""
+    if not implementation.startswith("mosaic"):
+        return []
+    own = f".{implementation}"
+    return [op for op in OPS if implementation_of(op, implementation).__module__.endswith(own)]
 
 
 def cpu_name() -> str:
@@ -81,12 +99,15 @@ def describe() -> dict[str, Any]:
         notes.append("the GPU kernels are for Hopper cards: `portable` (jnp) is used on this one")
     if implementation == "mosaic_gpu":
         notes.append("float32 models use `portable` (jnp): the GPU kernels take 16-bit operands")
+    if implementation == "mosaic_tpu":
+        notes.append("the TPU kernels were compiled and interpreted: no TPU has run them yet")
     contract = Contract()
     return {
         "versions": versions(),
         "device": where,
         "mode": {
             "implementation": implementation,
+            "kernels": kernels(implementation) if implementation else [],
             "batch_invariant": implementation is not None and flags["accepted"],
         },
         "implementations": {op: list(available(op)) for op in OPS},
@@ -117,5 +138,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     return "none" if value in (None, "") else str(value)

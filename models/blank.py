@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -75,7 +76,9 @@ def placed(sharding: Placement | None, name: str, value: Any) -> jax.ShapeDtypeS
       ValueError: its shape cannot be cut so.
     """
     if sharding is None:
-        chosen = SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+        # Where new arrays go: jax.devices() begins with another host's, if there are several.
+        (device,) = jnp.zeros(()).devices()
+        chosen = SingleDeviceSharding(device)
     else:
         chosen = sharding if isinstance(sharding, Sharding) else sharding(name, value.shape)
     try:

@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError("ray_batch needs the extra: pip install 'jdet[ray]'") from error
 
 from jdet.batch.lines import Line, read_lines
+from jdet.batch.options import BatchOptions, add_arguments, options_of
 from jdet.batch.output import Output
 
 
@@ -33,21 +34,11 @@ class RayBatch:
     that come along.
 
     Args:
-      model, dtype, implementation: as for `jdet.load`; `model` is a name or a path that every
-        host knows, and goes into the results.
-      sizes: for `jdet.EngineConfig`. `max_model_len` is cut to the model's context length.
+      options: of the worker's engine.
     """
 
-    def __init__(
-        self, model: str, dtype: str, implementation: str | None, sizes: dict[str, Any]
-    ) -> None:
-        import jdet
-        from jdet.batch.runner import BatchRunner
-
-        loaded = jdet.load(model, dtype=dtype, implementation=implementation)
-        longest = min(sizes["max_model_len"], loaded.config.max_position_embeddings)
-        config = jdet.EngineConfig(**sizes | {"max_model_len": longest})
-        self._runner = BatchRunner(jdet.Engine(loaded, config), model, dtype)
+    def __init__(self, options: BatchOptions) -> None:
+        self._runner = options.runner()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         lines = (Line(r["number"], r["content"], r["digest"], 0) for r in rows.to_pylist())
@@ -70,7 +61,7 @@ def rows_of(source: Path) -> Iterator[dict[str, Any]]:
 def run(
     source: Path,
     target: Path,
-    batch: dict[str, Any],
+    options: BatchOptions,
     *,
     workers: int,
     lines_per_call: int,
@@ -79,7 +70,7 @@ def run(
     """Write a result for each line; (results, workers that gave some).
 
     Args:
-      batch: the arguments of `RayBatch`.
+      options: of the workers' engines.
       resources: of a worker, for `map_batches`.
 
     Raises:
@@ -95,7 +86,7 @@ def run(
             calls = -(-len(rows) // lines_per_call)
             results = ray.data.from_items(rows, override_num_blocks=calls).map_batches(
                 RayBatch,
-                fn_constructor_kwargs=batch,
+                fn_constructor_kwargs={"options": options},
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
@@ -115,35 +106,20 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="jdet run-batch over a Ray cluster.")
-    parser.add_argument("-i", "--input", type=Path, required=True, help="requests, one a line")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="results, in that order")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--implementation", help="default: the invariant one of the device")
+    add_arguments(parser)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--cpus-per-worker", type=float, default=1)
     parser.add_argument("--gpus-per-worker", type=float, default=0)
     parser.add_argument("--lines-per-call", type=int, default=512)
-    parser.add_argument("--max-batch-size", type=int, default=32)
-    parser.add_argument("--max-tokens-per-step", type=int, default=512)
-    parser.add_argument("--max-model-len", type=int, default=4096)
     args = parser.parse_args()
     if args.workers < 1 or args.lines_per_call < 1:
         parser.error("--workers and --lines-per-call: integers from 1")
-    if not args.input.is_file():
-        parser.error(f"{args.input}: no such file")
-    sizes = ("max_batch_size", "max_tokens_per_step", "max_model_len")
-    batch = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "implementation": args.implementation,
-        "sizes": {name: getattr(args, name) for name in sizes},
-    }
+    options = options_of(parser, args)
     try:
         count, used = run(
             args.input,
             args.output,
-            batch,
+            options,
             workers=args.workers,
             lines_per_call=args.lines_per_call,
             resources={"num_cpus": args.cpus_per_worker, "num_gpus": args.gpus_per_worker},

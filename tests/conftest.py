@@ -37,6 +37,6 @@ def pytest_collection_modifyitems(items):
 
 
 # Tests with environments of their own: where jax's CUDA plugin is not installed, nothing can be
-# compiled for a GPU; where Ray is not, nothing can be sent to its workers.
-_NEEDS = {"gpu_compile": "jax_cuda13_plugin", "ray": "ray"}
+# compiled for a GPU, where libtpu is not, for a TPU; where Ray is not, there are no workers.
+_NEEDS = {"gpu_compile": "jax_cuda13_plugin", "ray": "ray", "tpu_compile": "libtpu"}
 collect_ignore = [name for name, needed in _NEEDS.items() if not importlib.util.find_spec(needed)]

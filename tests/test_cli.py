@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,8 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as token_models
 
 from jdet.cli import main
+from jdet.contract import Contract
+from jdet.pallas_kernels.generations import GENERATIONS
 from jdet.text_stream import TextStream
 
 TINY = Path(__file__).parent / "goldens" / "tiny_qwen3"
@@ -172,12 +175,61 @@ def test_env(run):
     assert (status, err) == (0, "")
     assert report["versions"].keys() == {"jdet", "jax", "jaxlib", "flax", "numpy", "python"}
     assert {"platform", "kind", "count"} <= report["device"].keys()
-    assert report["mode"] == {"implementation": "portable", "batch_invariant": True}
+    mode = {"implementation": "portable", "kernels": [], "batch_invariant": True}
+    assert report["mode"] == mode
     assert {"reference", "portable", "xla"} <= set(report["implementations"]["matmul"])
     assert report["contract"].keys() == {"leaves", "kv_split"}
     assert report["compiler_options"]["xla_allow_excess_precision"] is False
     text = run("env").out
     assert report["fingerprint"] in text and report["versions"]["jaxlib"] in text
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As if jax had found TPUs of a kind."""
+    chip = SimpleNamespace(platform="tpu", device_kind=kind)
+    monkeypatch.setattr("jax.devices", lambda: [chip] * 4)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda g: g.name)
+def test_env_on_a_tpu_names_generation_contract_and_kernels(generation, run, monkeypatch):
+    pretend(monkeypatch, generation.device_kinds[0])
+    report = json_of(run("env", "--json"))
+    assert report["device"] | {"host_cpu": 0, "host_cores": 0} == {
+        "platform": "tpu",
+        "kind": generation.device_kinds[0],
+        "generation": generation.name,
+        "count": 4,
+        "host_cpu": 0,
+        "host_cores": 0,
+    }
+    assert report["mode"] == {
+        "implementation": "mosaic_tpu",
+        "kernels": [
+            *("attention", "gated_matmul", "grouped_gated_matmul", "grouped_matmul"),
+            *("log_normalizer", "matmul", "qkv_heads", "rms_norm"),
+        ],
+        "batch_invariant": True,
+    }
+    assert report["fingerprint"] == Contract().fingerprint("mosaic_tpu")
+    assert report["compiler_options"] == {"xla_allow_excess_precision": False}
+    text = run("env").out
+    assert generation.name in text and report["fingerprint"] in text
+    assert "kernels              attention, gated_matmul" in text
+    assert "no TPU has run them yet" in text
+
+
+def test_a_tpu_that_nobody_compiled_for_needs_portable_asked_for(run, monkeypatch, tiny):
+    pretend(monkeypatch, "TPU v9 super")
+    report = json_of(run("env", "--json"))
+    assert report["device"]["generation"] is None
+    assert report["mode"] == {"implementation": None, "kernels": [], "batch_invariant": False}
+    [note] = report["notes"]
+    assert "not been compiled for 'TPU v9 super', only for v5e, v5p, v6e, tpu7x" in note
+    asked = ["generate", "hi", "--model", tiny, "--temperature", "0", "--max-tokens", "2"]
+    refused = run(*asked)
+    assert_refused(refused, "pass implementation='portable' to use plain jnp there")
+    # Asked for, it runs (on the CPU behind the pretence).
+    assert run(*asked, "--implementation", "portable").status == 0
 
 
 def test_help_and_errors_do_not_wait_for_jax():

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -65,8 +66,19 @@ class BatchRunner:
         identity = [model_name, dtype, engine.model.ops.fingerprint]
         self._identity = json.dumps(identity).encode()
 
-    def run(self, source: Path, target: Path, *, progress: bool | None = None) -> Summary:
+    def run(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        progress: bool | None = None,
+    ) -> Summary:
         """Write a result for each line of `source` to `target`, or go on where a run ended.
+
+        Args:
+          shard: (i, n): of every n lines the one with index i alone.
+          progress: a progress bar; None: where stderr is a terminal.
 
         Raises:
           ValueError: `target`, or what an earlier run left of it, has results of other lines
@@ -79,10 +91,11 @@ class BatchRunner:
             open(source, "rb") as file,
             tqdm(total=size, unit="B", unit_scale=True, disable=disable) as bar,
         ):
+            lines = itertools.islice(read_lines(file), shard[0], None, shard[1])
             if target.exists():
-                return self._check_complete(read_lines(file), target)
+                return self._check_complete(lines, target)
             with Output(target) as output:
-                return self._run(read_lines(file), output, bar)
+                return self._run(lines, output, bar)
 
     def _run(self, lines: Iterator[Line], output: Output, bar: tqdm) -> Summary:
         for done in output.done_before():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jdet.certify.certificate import Certificate as Certificate
     from jdet.certify.certification import certify as certify
     from jdet.certify.targets import without_device as without_device
+    from jdet.certify.targets import without_tpu as without_tpu
 
 _HOME = {
     "Audit": "jdet.certify.auditing",
@@ -30,6 +31,7 @@ _HOME = {
     "bisect": "jdet.certify.bisection",
     "certify": "jdet.certify.certification",
     "without_device": "jdet.certify.targets",
+    "without_tpu": "jdet.certify.targets",
 }
 
 __all__ = [*sorted(_HOME)]

@@ -13,14 +13,17 @@ import re
 
 MOVEMENT = """bitcast bitcast-convert broadcast concatenate constant copy dynamic-slice
     dynamic-update-slice gather iota pad parameter reshape reverse slice transpose
-    copy-start copy-done""".split()
-CONTROL = "call conditional fusion get-tuple-element tuple while".split()
+    copy-start copy-done slice-start slice-done""".split()
+CONTROL = """call call-start call-update call-done conditional fusion get-tuple-element tuple
+    while""".split()
 ELEMENTWISE = """abs add and clamp compare convert divide floor maximum minimum multiply negate not
-    or select shift-left shift-right-arithmetic shift-right-logical sign subtract xor
+    or remainder select shift-left shift-right-arithmetic shift-right-logical sign subtract xor
     reduce-precision""".split()
 _CHOOSING = "parameter constant convert compare select and or not maximum minimum tuple".split()
 _INTEGER = r"^\(?(pred|[su]\d+)\["
 _MOSAIC = ("mosaic_gpu_v2", "tpu_custom_call")
+# XLA:TPU's own names for a movement, and for integers that index one.
+_MOVING = ("ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +173,13 @@ class Module:
         body = [b for name in i.calls for b in self.bodies[name]]
         match i.opcode:
             case "custom-call":
-                return i.attribute(r'custom_call_target="([^"]*)"') in _MOSAIC
+                return i.attribute(r'custom_call_target="([^"]*)"') in (*_MOSAIC, *_MOVING)
             case "reduce" | "reduce-window":
                 # The combiner chooses among its operands, or adds integers.
-                return all(b.opcode in _CHOOSING or re.match(_INTEGER, b.result) for b in body)
+                chooses = all(b.opcode in _CHOOSING or re.match(_INTEGER, b.result) for b in body)
+                return chooses or self._reshapes(i)
             case "scatter":
-                return all(b.opcode == "parameter" for b in body)
+                return all(b.opcode in ("parameter", "bitcast") for b in body)
             case "sort":
                 # Floats are compared by their bits or as they are; nothing is computed of them.
                 return all(
@@ -191,6 +195,14 @@ class Module:
                 )
             case opcode:
                 return opcode in (*MOVEMENT, *CONTROL, *ELEMENTWISE)
+
+    def _reshapes(self, i: Instruction) -> bool:
+        """A sum of one term and -0.0, which changes no bit: how XLA:TPU drops a dimension."""
+        terms, start = self.operand(i, 0), self.operand(i, 1)
+        dimensions = [int(d) for d in i.attribute(r"dimensions=\{([\d,]*)\}").split(",") if d]
+        if i.opcode != "reduce" or terms is None or start is None:
+            return False
+        return "constant(-0)" in start.line and all(terms.shape[d] == 1 for d in dimensions)
 
     def not_harmless(self) -> list[Instruction]:
         """The instructions that a row's bits could follow the batch through."""
