@@ -78,7 +78,8 @@ def _split(
         score = lax.optimization_barrier(score)
     score = jnp.where(seen[:, None], score, -jnp.inf)
     m = jnp.max(score, axis=-1)  # a maximum is exact in any order
-    p = exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None])
+    # One value for the sum and for the product with the values, as above.
+    p = lax.optimization_barrier(exp(score - jnp.where(m == -jnp.inf, 0, m)[..., None]))
     # Slots that nobody has written, or that were freed, may hold NaN, and 0 * NaN is NaN.
     v = jnp.where(written[:, None, :, None], v, jnp.zeros((), v.dtype))
     return m, tree_sum(p), _weigh(p.astype(v.dtype), v)
@@ -122,15 +123,15 @@ def _attend(
     if sliding_window is not None:
         earliest = jnp.min(jnp.where(positions < 0, last, positions))
         begin = jnp.maximum(earliest - (sliding_window - 1), 0) // kv_split
-    first = partial_at(begin)
     if split_count(k_cache, page_table, kv_split) == 1:
-        _, total, out = first
+        _, total, out = partial_at(begin)
     else:
+        nothing = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)  # the merge's identity
         _, total, out = lax.fori_loop(
-            begin + 1,
+            begin,
             last // kv_split + 1,
             lambda index, state: _merge(state, partial_at(index)),
-            first,
+            (nothing, jnp.zeros_like(nothing), jnp.zeros(q.shape, jnp.float32)),
         )
     total = total[..., None]
     return jnp.where(total == 0, 0, out / total).astype(q.dtype)
