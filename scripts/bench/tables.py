@@ -52,7 +52,7 @@ def cpu() -> str:
             f"{r['xla_ms']:.1f}",
             f"{r['ratio']:.2f}",
         ]
-        for r in _load("cpu-model-3.json")["rows"]
+        for r in _load("cpu-model-4.json")["rows"]
     ]
     return _table(["", "jdet ms", "plain XLA ms", "ratio"], rows)
 
