@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdet.pallas_kernels import route as module
+
 TOKENS, EXPERTS, K = 65, 16, 4
 
 
@@ -144,3 +146,13 @@ def test_sum_does_not_follow_the_batch(op, invariant, dtype, few_rows, given, as
     y, run = y.astype(dtype), op("expert_sum", invariant)
     sizes = [m for m in (*few_rows, 31) if m <= TOKENS]
     assert_rows_alike(lambda w, at: run(y, w, at), (weights, places), sizes)
+
+
+def test_rows_are_counted_and_sorted_alike(monkeypatch, logits, assert_same_bits):
+    """65 tokens of 4 experts are few enough to be counted; prompts are sorted."""
+    experts = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :K]).astype(np.int32)
+    given = (jnp.asarray(experts), jnp.ones((TOKENS, K)), jnp.arange(TOKENS) % 7 > 0)
+    counted = module.routing(*given, EXPERTS)
+    monkeypatch.setattr(module, "_FEW", 0)
+    for a, b in zip(counted, module.routing(*given, EXPERTS), strict=True):
+        assert_same_bits(a, b)
