@@ -23,7 +23,7 @@ def certify(
     guarantees: Sequence[str] | None = None,
     seed: int = 0,
     batch: int | None = None,
-    compositions: int | None = None,
+    trials: int | None = None,
     dtype: str = "bfloat16",
     implementation: str | None = None,
     random_weights: bool = False,
@@ -44,7 +44,7 @@ def certify(
       guarantees: names like "G4" to ask for; None: all that apply here.
       seed: of prompts and compositions.
       batch: requests at once, at most; None: 16 on CPU, 64 elsewhere.
-      compositions: so many of each guarantee are enough; None: as many as the time allows.
+      trials: so many of each guarantee are enough; None: as many as the time allows.
       dtype, implementation: of a model given by name.
       random_weights: the name is a published shape, as `jdet.random_model` takes it.
       replay: what `Certificate.to_json` gave: its failures, and then its compositions again, in
@@ -57,10 +57,10 @@ def certify(
       EnvironmentRefused: XLA_FLAGS holds a flag against the promise.
     """
     settings = _settings(minutes, guarantees, seed, batch, replay)
-    if compositions is not None:
-        if replay is not None or compositions < 1:
-            raise ValueError(f"compositions={compositions}; allowed: from 1, without a replay")
-        settings["compositions"] = compositions
+    if trials is not None:
+        if replay is not None or trials < 1:
+            raise ValueError(f"trials={trials}; allowed: from 1, without a replay")
+        settings["trials"] = trials
     if implementation != "xla":
         check_environment()
     recipe = None

@@ -29,7 +29,7 @@ def certify(
     batch: Annotated[
         int | None, typer.Option(help="Requests at once; default: 16 on CPU, 64 elsewhere.")
     ] = None,
-    compositions: Annotated[
+    trials: Annotated[
         int | None, typer.Option(help="Of each guarantee; default: as many as there is time for.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (default) or float32.")] = None,
@@ -82,7 +82,7 @@ def certify(
         guarantees=None if guarantees is None else guarantees.replace(" ", "").split(","),
         seed=seed,
         batch=batch,
-        compositions=compositions,
+        trials=trials,
         dtype=dtype or "bfloat16",
         implementation=implementation,
         random_weights=shape is not None,

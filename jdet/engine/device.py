@@ -1,6 +1,7 @@
 """The host's side of the device: plans to arrays, without waiting for a result."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,8 +139,13 @@ class Device:
             hidden = jax.ShapeDtypeStruct((*shape, dim), dtype)
             add(False, programs.report, hidden, np.zeros(shape, np.int32))
 
+        tracing = threading.Lock()
+
         def compile_(function: Any, args: Any, static: Any) -> None:
-            function.lower(*self._decoder, *args, **static).compile()
+            # Python's part one after another, so that the first reach XLA early.
+            with tracing:
+                lowered = function.lower(*self._decoder, *args, **static)
+            lowered.compile()
 
         return [functools.partial(compile_, *job) for job in (*alone, *others)]
 
