@@ -9,7 +9,7 @@ from jdet.certify.cases import SHORT, Case, engine_config
 from jdet.certify.runs import Bench
 
 # Compositions that plain XLA is given; it seldom needs more than one to differ.
-_MOST, _FEWEST = 12, 4
+_MOST, _FEWEST = 12, 2
 
 
 def control_cases(batch: int, make: Callable[[int], Case]) -> Iterator[Case]:

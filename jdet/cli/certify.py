@@ -21,6 +21,9 @@ def certify(
     shape: Annotated[
         str | None, typer.Option(help="A published shape with random weights, in its place.")
     ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a shape, so many; default: all it has.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Time for all of it, loading too.")] = 5.0,
     guarantees: Annotated[
         str | None, typer.Option(help="Such as G1,G4; default: all that apply here.")
@@ -61,7 +64,7 @@ def certify(
             raise ValueError("--replay takes seed, batch and guarantees from the report")
         if shape is None and model is None:
             source = known["settings"]["source"]
-            model, shape = source["model"], source["shape"]
+            model, shape, layers = (source.get(k) for k in ("model", "shape", "layers"))
         dtype = dtype or known["subject"]["dtype"]
         implementation = implementation or known["subject"]["implementation"]
     for path in (json_file, html):
@@ -86,6 +89,7 @@ def certify(
         dtype=dtype or "bfloat16",
         implementation=implementation,
         random_weights=shape is not None,
+        layers=layers,
         replay=known,
         other=_report(other, "--other"),
     )

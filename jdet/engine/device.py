@@ -46,11 +46,12 @@ class Device:
         self._decoder_shape = decoder.config.hidden_size, decoder.dtype
         self._height = config.max_batch_size + max(rows for rows, _ in config.chunk_shapes)
         self._programs = programs(ops)
-        self._cache = create_cache(
+        self._sharding = _sharding_of(leaves)
+        cache = create_cache(
             decoder.config, config.num_pages, config.page_size, decoder.dtype, cache_fill
         )
         slots = config.max_batch_size + 1  # the last one is padding's
-        self._last_token = jnp.zeros(slots, jnp.int32)
+        self._cache, self._last_token = self._placed((cache, jnp.zeros(slots, jnp.int32)))
         greedy = SamplingParams(temperature=0, ignore_eos=True)
         self._sampling = self._sampling_rows([greedy] * slots, [0] * slots)
         self._on_device = {name: jnp.array(rows) for name, rows in self._sampling.items()}
@@ -114,7 +115,8 @@ class Device:
         """
         config, programs = self.config, self._programs
         dim, dtype = self._decoder_shape
-        ends = jax.ShapeDtypeStruct((self._height, dim), dtype)
+        states = functools.partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=self._sharding)
+        ends = states((self._height, dim))
         alone: list[tuple[Any, ...]] = []
         others: list[tuple[Any, ...]] = []
 
@@ -136,8 +138,7 @@ class Device:
                 given = self._last_token, ends, SamplingArrays(**self._on_device)
                 add(rows == sizes[0], programs.choose, *given, self._no_emits(rows), asks=asks)
         for shape in config.chunk_shapes if _reports(sampling) else ():
-            hidden = jax.ShapeDtypeStruct((*shape, dim), dtype)
-            add(False, programs.report, hidden, np.zeros(shape, np.int32))
+            add(False, programs.report, states((*shape, dim)), np.zeros(shape, np.int32))
 
         tracing = threading.Lock()
 
@@ -148,6 +149,13 @@ class Device:
             lowered.compile()
 
         return [functools.partial(compile_, *job) for job in (*alone, *others)]
+
+    def _placed(self, tree: Any) -> Any:
+        """Where the weights are, for good, if they are: as what the programs give back.
+
+        jit compiles again for an array that is committed to a device and was not before.
+        """
+        return tree if self._sharding is None else jax.device_put(tree, self._sharding)
 
     def _read(
         self, chunks: Chunks | None, decodes: Rows | None
@@ -260,6 +268,14 @@ def _asks_of(rows: Sequence[tuple[SamplingParams, int]]) -> Asks:
         truncation=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in hot),
         adjustment=any(n < p.min_tokens or p.logit_bias or p.logprobs for p, n in rows),
     )
+
+
+def _sharding_of(leaves: Sequence[jax.Array]) -> jax.sharding.Sharding | None:
+    """The one device that all are committed to; None where there is no such one."""
+    shardings = {leaf.sharding for leaf in leaves if leaf.committed}
+    alike = len(shardings) == 1 and all(leaf.committed for leaf in leaves)
+    [sharding] = shardings if alike else [None]
+    return sharding if sharding is not None and sharding.num_devices == 1 else None
 
 
 def _variants(sampling: Sequence[SamplingParams] | None) -> list[Asks]:

@@ -4,6 +4,7 @@ import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import pytest
 
 import jdet
 from jdet import Engine, EngineConfig, SamplingParams
@@ -25,9 +26,14 @@ def test_what_greedy_requests_need_is_compiled_and_nothing_else() -> None:
     assert engine.compiles > compiled
 
 
-def test_compiled_in_threads_nothing_is_left_to_compile() -> None:
+@pytest.mark.parametrize("committed", [True, False], ids=["committed", "not"])
+def test_compiled_in_threads_nothing_is_left_to_compile(committed: bool) -> None:
+    """Weights that were loaded are committed to a device; random ones are not."""
     config = dataclasses.replace(DecoderConfig.from_hf(tiny_config()), num_hidden_layers=1)
-    model = jdet.random_model(config, contract=jdet.Contract(leaves=2))
+    model = jdet.random_model(config, contract=jdet.Contract(leaves=2, kv_split=128 << committed))
+    if committed:
+        decoder = jax.device_put(model.decoder, jax.devices()[0])
+        model = dataclasses.replace(model, decoder=decoder)
     engine = Engine(model, EngineConfig(max_batch_size=2, max_tokens_per_step=18, max_model_len=64))
     greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     hot = SamplingParams(top_k=5, seed=1, max_tokens=3, prompt_logprobs=0, ignore_eos=True)
