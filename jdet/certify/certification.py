@@ -71,22 +71,25 @@ def certify(
     if isinstance(model, str):
         if random_weights:
             check_shape(model, layers)
-        name = model
-        model = Recipe(name, random_weights, dtype, implementation, layers).make()
-        recipe = Recipe(name, random_weights, dtype, model.ops.implementation, layers)
+        recipe = Recipe(model, random_weights, dtype, implementation, layers)
+        name, made = model, recipe.make()
+        # The second process's implementation is this one's, whatever it finds.
+        recipe = dataclasses.replace(recipe, implementation=made.ops.implementation)
         # What `jdet certify --replay` loads.
         settings["source"] = {
             "model": None if random_weights else name,
             "shape": name if random_weights else None,
             "layers": layers,
         }
+    else:
+        made = model
     certificate = Certificate(
-        subject=_subject(model),
-        environment=_environment(model),
+        subject=_subject(made),
+        environment=_environment(made),
         settings=settings,
         guarantees={name: Result(name) for name in GUARANTEES},
     )
-    return Campaign(model, recipe, certificate, start, progress, replay, other).run()
+    return Campaign(made, recipe, certificate, start, progress, replay, other).run()
 
 
 def _settings(

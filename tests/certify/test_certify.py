@@ -41,8 +41,7 @@ def model() -> Any:
 def known(counts: dict[str, int], **first: Any) -> dict[str, Any]:
     """A report to replay: so many trials of each guarantee, whatever time that takes."""
     results = [
-        {"name": name, "trials": counts.get(name, 0), "first": first.get(name)}
-        for name in COMPOSED
+        {"name": name, "trials": counts.get(name, 0), "first": first.get(name)} for name in COMPOSED
     ]
     settings = {"guarantees": list(counts), "seed": 3, "batch": BATCH}
     return {"settings": settings, "guarantees": results}

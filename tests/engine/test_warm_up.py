@@ -44,7 +44,7 @@ def test_compiled_in_threads_nothing_is_left_to_compile(committed: bool) -> None
     assert engine.compiles == len(jobs)
     compiled: list[str] = []
 
-    def seen(event: str, duration: float, **_: object) -> None:
+    def seen(event: str, duration_secs: float, **_: str | int) -> None:
         compiled.extend([event] * event.endswith("backend_compile_duration"))
 
     jax.monitoring.register_event_duration_secs_listener(seen)
