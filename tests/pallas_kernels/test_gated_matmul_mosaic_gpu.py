@@ -14,6 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jdet.pallas_kernels.gated_matmul import mosaic_gpu
 from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule, default_schedule, matmul, schedules
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 simulator = plgpu.InterpretGPUParams()
 
 

@@ -20,6 +20,8 @@ from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import GroupedSchedule, defau
 from jdet.pallas_kernels.matmul import mosaic_gpu as dense
 from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 simulator = plgpu.InterpretGPUParams()
 planned = jax.jit(plan, static_argnums=(1, 2))
 

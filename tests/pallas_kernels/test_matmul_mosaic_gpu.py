@@ -14,6 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jdet.pallas_kernels.matmul import mosaic_gpu
 from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def call(x, w, bias=None, **options):
     """Of numpy arrays, as everywhere here: each operation on one of jax's compiles a program."""

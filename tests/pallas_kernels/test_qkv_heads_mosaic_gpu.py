@@ -10,6 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdet.pallas_kernels.qkv_heads import mosaic_gpu, reference
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 EPS = 1e-5
 expected = jax.jit(reference.qkv_heads, static_argnames="eps")
 # Windows: of 16 heads; of 8 that overlap; of 2 and 1; four threads' worth of one head; long ones.
