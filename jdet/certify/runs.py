@@ -117,10 +117,7 @@ class Bench:
         return Ran(case, tuple(seen), tuple(m for m in found if m is not None), tuple(batches))
 
     def compile_jobs(self, needles: Sequence[Needle]) -> list[Callable[[], object]]:
-        """What compiles all programs that cases of these requests need, in threads.
-
-        Those that a run alone needs come first.
-        """
+        """What compiles all programs that cases of these requests need, for threads."""
         greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         # G6 reads generated tokens as a prompt.
         params = [dataclasses.replace(greedy, prompt_logprobs=0), *(n[1] for n in needles)]
