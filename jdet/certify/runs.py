@@ -1,11 +1,12 @@
 """Cases run on the real engine: what came out, what was composed, and where it differs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from jdet.certify.batches import Batch, of_call, of_steps
 from jdet.certify.cases import CALL_ROWS, TOKENS, Case, Needle, Sent, engine_config
 from jdet.completion import Completion, LanguageModel
 from jdet.engine.engine import Engine
@@ -45,20 +46,6 @@ class Seen:
     lengths: frozenset[int] = frozenset()
     kinds: int = 0
     tokens: int = 0
-
-
-class Batch(NamedTuple):
-    """What one step computed.
-
-    Attributes:
-      key: of its padded shape, which requests stood in which rows, which parts of prompts were
-        read, and whether their beginnings came from the prefix cache. Steps that differ only in
-        how far the generating rows are have one key.
-      requests: the case's requests in it.
-    """
-
-    key: int
-    requests: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +109,7 @@ class Bench:
             completions = generate(self.model, prompts, params, batch_size=rows)
             # In an engine of its own: other pages and shapes than the runs alone had.
             seen = [Seen(rows, shapes=frozenset({(0, 0, 0)}))] * rows
-            batches = _call(case)
+            batches = of_call(case)
         else:
             completions, seen, batches, _ = self._engine(case)
         pairs = enumerate(zip(case.requests, completions, strict=True))
@@ -130,10 +117,7 @@ class Bench:
         return Ran(case, tuple(seen), tuple(m for m in found if m is not None), tuple(batches))
 
     def compile_jobs(self, needles: Sequence[Needle]) -> list[Callable[[], object]]:
-        """What compiles all programs that cases of these requests need, in threads.
-
-        Those that a run alone needs come first.
-        """
+        """What compiles all programs that cases of these requests need, for threads."""
         greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         # G6 reads generated tokens as a prompt.
         params = [dataclasses.replace(greedy, prompt_logprobs=0), *(n[1] for n in needles)]
@@ -207,7 +191,7 @@ class Bench:
         completions = [engine.completions(handles[i])[0] for i in range(len(case.requests))]
         places = {request: i for i, request in enumerate(order)}
         seen = [_seen(plans, request) for request in order]
-        return completions, seen, _batches(plans, places), cached
+        return completions, seen, of_steps(plans, places), cached
 
     def _score(self, case: Case) -> Ran:
         solos = [self.alone(s.prompt, s.sampling) for s in case.requests]
@@ -219,7 +203,7 @@ class Bench:
             found = _difference(i, solo.logprobs, got[-count:], "score")
             mismatches += [found] if found else []
         seen = (Seen(len(given)),) * len(given)
-        return Ran(case, seen, tuple(mismatches), tuple(_call(case)))
+        return Ran(case, seen, tuple(mismatches), tuple(of_call(case)))
 
     def _compare(self, index: int, sent: Sent, got: Completion) -> Mismatch | None:
         if sent.read:
@@ -262,30 +246,6 @@ def _difference(
         f"{found.ulps} ULP; {found.count} of {found.size} differ, by up to {found.max_ulps} ULP"
     )
     return Mismatch(index, at, what, found.max_ulps)
-
-
-def _call(case: Case) -> list[Batch]:
-    """Of a call that shows no steps: one batch."""
-    key = hash((case.front, tuple((s.prompt, s.sampling) for s in case.requests)))
-    return [Batch(key, frozenset(range(len(case.requests))))]
-
-
-def _batches(plans: Sequence[Plan], places: Mapping[Request, int]) -> list[Batch]:
-    """The batch of every step."""
-    names = {request: hash((tuple(request.prompt), request.params)) for request in places}
-    reused: dict[Request, bool] = {}
-    found = []
-    for plan in plans:
-        for c in plan.chunks:
-            reused.setdefault(c.request, c.start > 0)
-        key = (
-            (*plan.chunk_shape, plan.decode_rows),
-            tuple((names[c.request], c.start, c.length, reused[c.request]) for c in plan.chunks),
-            tuple(names[c.request] for c in plan.decodes),
-        )
-        requests = frozenset(places[c.request] for c in (*plan.chunks, *plan.decodes))
-        found.append(Batch(hash(key), requests))
-    return found
 
 
 def _seen(plans: Sequence[Plan], request: Request) -> Seen:

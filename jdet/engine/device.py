@@ -109,46 +109,38 @@ class Device:
         jax.block_until_ready(self._last_token)
 
     def compile_jobs(self, sampling: Sequence[SamplingParams] | None) -> list[Callable[[], Any]]:
-        """The same programs, compiled and not run: a function for each.
-
-        Threads may call them side by side. Those that a request alone meets are the first ones.
-        """
-        config, programs = self.config, self._programs
+        """The same programs, compiled and not run: a function for each, for threads."""
         dim, dtype = self._decoder_shape
         states = functools.partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=self._sharding)
-        ends = states((self._height, dim))
-        alone: list[tuple[Any, ...]] = []
-        others: list[tuple[Any, ...]] = []
-
-        def add(few: bool, function: Any, *args: Any, **static: Any) -> None:
-            (alone if few else others).append((function, args, static))
-
-        def add_read(few: bool, *groups: Any) -> None:
-            add(few, programs.read, self._cache, self._last_token, *groups, height=self._height)
-
-        sizes = config.decode_sizes
-        for rows in sizes:
-            add_read(rows == sizes[0], None, self._rows((), rows))
-        for shape in config.chunk_shapes:
-            chunks = self._chunks(Plan((), shape, (), 0))
-            add_read(shape[0] == 1, chunks, None)
-            add_read(False, chunks, self._rows((), config.max_batch_size))
-        for rows in sizes:
-            for asks in _variants(sampling):
-                given = self._last_token, ends, SamplingArrays(**self._on_device)
-                add(rows == sizes[0], programs.choose, *given, self._no_emits(rows), asks=asks)
-        for shape in config.chunk_shapes if _reports(sampling) else ():
-            add(False, programs.report, states((*shape, dim)), np.zeros(shape, np.int32))
-
         tracing = threading.Lock()
+        jobs: list[Callable[[], Any]] = []
 
-        def compile_(function: Any, args: Any, static: Any) -> None:
-            # Python's part one after another, so that the first reach XLA early.
-            with tracing:
-                lowered = function.lower(*self._decoder, *args, **static)
-            lowered.compile()
+        def add(function: Any, *args: Any, **static: Any) -> None:
+            def compile_() -> None:
+                # Python's part one after another, so that the first reach XLA early.
+                with tracing:
+                    lowered = function.lower(*self._decoder, *args, **static)
+                lowered.compile()
 
-        return [functools.partial(compile_, *job) for job in (*alone, *others)]
+            jobs.append(compile_)
+
+        def add_read(*groups: Any) -> None:
+            state = self._cache, self._last_token
+            add(self._programs.read, *state, *groups, height=self._height)
+
+        for rows in self.config.decode_sizes:
+            add_read(None, self._rows((), rows))
+            for asks in _variants(sampling):
+                state = self._last_token, states((self._height, dim))
+                own = SamplingArrays(**self._on_device), self._no_emits(rows)
+                add(self._programs.choose, *state, *own, asks=asks)
+        for shape in self.config.chunk_shapes:
+            chunks = self._chunks(Plan((), shape, (), 0))
+            for decodes in (None, self._rows((), self.config.max_batch_size)):
+                add_read(chunks, decodes)
+            if _reports(sampling):
+                add(self._programs.report, states((*shape, dim)), np.zeros(shape, np.int32))
+        return jobs
 
     def _placed(self, tree: Any) -> Any:
         """Where the weights are, for good, if they are: as what the programs give back.

@@ -94,8 +94,7 @@ class Engine:
         """What `warm_up` compiles, a function for each program, to be called in threads.
 
         XLA compiles a program on one core, and without Python's lock: called side by side they
-        take the time of a few. They run nothing on the device. Those that a request alone needs
-        come first.
+        take the time of a few. They run nothing on the device.
         """
         return self._device.compile_jobs(sampling)
 
