@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The TPU compiler's own estimates.")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--chips", default="v6e,tpu7x", help=f"of {', '.join(CHIPS)}")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--products", default=";".join(PRODUCTS), help="separated by semicolons")
     args = parser.parse_args()
     chips, products = args.chips.split(","), args.products.split(";")
@@ -105,7 +106,7 @@ def main() -> None:
         op, n, k = PRODUCTS[name]
         for chip, place in places.items():
             bandwidth, peak = CHIPS[chip]
-            for rows in ROWS:
+            for rows in args.rows:
                 size, work = 2 * (n * k + rows * (n + k)), 2 * rows * n * k
                 roofline = round(max(size / bandwidth, work / peak) * peak / _A_CYCLE)
                 row: dict[str, Any] = {"product": name, "chip": chip, "rows": rows}
