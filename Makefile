@@ -62,8 +62,8 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 	  || $(UV) venv --clear --python 3.12 .venv-models
 	$(UV) pip install --python .venv-models/bin/python --editable '.[test]' 'jax==$(JAX)' \
 	  dm-haiku==0.0.17 eqx-zoo==0.3.5 equimo==2.7.0 equinox==0.13.8 \
-	  chex clu dialog einops einshape fire grain immutabledict mediapy sentencepiece simple-parsing \
-	  tensorboard tensorflow-cpu tensorflow-datasets typeguard
+	  chex clu dialog einops einshape fire grain immutabledict mediapy pandas sentencepiece \
+	  simple-parsing tensorboard tensorflow-cpu tensorflow-datasets typeguard
 	$(UV) pip install --python .venv-models/bin/python --no-deps gemma==4.0.1 google-tunix==0.1.7 \
 	  jax-image-models==0.4.0 kauldron==1.4.4 qwix tokamax xprof
 	touch $@

@@ -13,7 +13,7 @@ import jdet
 PACKAGE = "equinox"
 
 SIZES = {
-    "tiny": {"in_size": 100, "out_size": 50, "width_size": 160, "depth": 2},
+    "tiny": {"in_size": 200, "out_size": 50, "width_size": 1000, "depth": 2},
     "real": {"in_size": 4096, "out_size": 1000, "width_size": 4096, "depth": 3},
 }
 

@@ -19,7 +19,7 @@ import jdet
 PACKAGE = "eqx-zoo"
 
 SIZES = {
-    "tiny": {"dim": 96, "hidden_dim": 48, "num_experts": 8, "num_experts_per_tok": 3},
+    "tiny": {"dim": 1000, "hidden_dim": 96, "num_experts": 8, "num_experts_per_tok": 3},
     # Qwen3-30B-A3B, with 32 of its 128 experts.
     "real": {"dim": 2048, "hidden_dim": 768, "num_experts": 32, "num_experts_per_tok": 8},
 }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from numpy.random import Generator
 
@@ -79,6 +80,17 @@ def randomised(weights: Any, dtype: DTypeLike) -> Any:
         return leaf.astype(dtype)
 
     return jax.tree.map(one, weights)
+
+
+def random_nnx(make: Callable[[], nnx.Module], dtype: DTypeLike) -> tuple[Any, Any]:
+    """The structure of a Flax NNX model with an `embedder`, and its weights, made under jit."""
+    structure, state = nnx.split(nnx.eval_shape(make))
+    weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+    weights = randomised(weights, dtype)
+    embedder = weights["embedder"]
+    embedder["input_embedding"] = spoiled(embedder["input_embedding"])
+    nnx.replace_by_pure_dict(state, weights)
+    return structure, state
 
 
 class Tokens(NamedTuple):

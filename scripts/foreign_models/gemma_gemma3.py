@@ -25,8 +25,8 @@ def config_of(size: str) -> tuple[Any, int]:
     tiny = dataclasses.replace(
         full,
         num_embed=300,
-        embed_dim=96,
-        hidden_dim=160,
+        embed_dim=192,
+        hidden_dim=576,
         num_heads=6,
         num_kv_heads=2,
         head_dim=16,

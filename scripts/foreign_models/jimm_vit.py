@@ -23,8 +23,8 @@ TINY = {
     "patch_size": 8,
     "num_layers": 2,
     "num_heads": 4,
-    "mlp_dim": 160,
-    "hidden_size": 96,
+    "mlp_dim": 576,
+    "hidden_size": 192,
 }
 # ViT-B/16 with 2 of its 12 layers.
 REAL = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from foreign_models.example import Example, Tokens, bare_package, randomised, spoiled
+from foreign_models.example import Example, Tokens, bare_package, random_nnx
 from jax.typing import DTypeLike
 
 import jdet
@@ -25,8 +25,8 @@ def config_of(size: str) -> tuple[qwen3.ModelConfig, int, tuple[int, ...]]:
     tiny = qwen3.ModelConfig(
         num_layers=2,
         vocab_size=300,
-        embed_dim=96,
-        hidden_dim=160,
+        embed_dim=192,
+        hidden_dim=576,
         num_heads=6,
         head_dim=16,
         num_kv_heads=2,
@@ -42,20 +42,8 @@ def config_of(size: str) -> tuple[qwen3.ModelConfig, int, tuple[int, ...]]:
 
 
 def create(config: qwen3.ModelConfig, dtype: DTypeLike) -> tuple[Any, Any]:
-    """The model's structure and its weights, made where they will stay."""
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-    abstract = nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
-    structure, state = nnx.split(abstract)
-
-    @jax.jit
-    def make() -> Any:
-        return nnx.state(qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
-
-    weights = randomised(nnx.to_pure_dict(make()), dtype)
-    embedder = weights["embedder"]
-    embedder["input_embedding"] = spoiled(embedder["input_embedding"])
-    nnx.replace_by_pure_dict(state, weights)
-    return structure, state
+    return random_nnx(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0)), dtype)
 
 
 def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
