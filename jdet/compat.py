@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend import linear_util, source_info_util
+from jax.extend import core, linear_util, source_info_util
 from jax.interpreters import partial_eval
 
 
@@ -44,4 +44,4 @@ def trace_jaxpr(function: Callable[..., Any], avals: Sequence[Any], like: Any = 
     debug = like.debug_info if like is not None else None
     wrapped = linear_util.wrap_init(function, debug_info=debug)
     jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, list(avals))
-    return partial_eval.close_jaxpr(jaxpr) if len(consts) != len(jaxpr.consts) else jaxpr
+    return core.ClosedJaxpr(jaxpr, consts)

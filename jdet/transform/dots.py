@@ -51,7 +51,15 @@ def _preset(precision: Any) -> str | None:
     return precision.name if isinstance(precision, lax.DotAlgorithmPreset) else None
 
 
-def _refuses(equation: core.JaxprEqn) -> str:
+def prepared(x: Array, y: Array, precision: Any) -> tuple[Array, Array]:
+    """The operands as the algorithm asked for rounds them."""
+    preset = _preset(precision)
+    if preset and (operand := _OPERANDS[preset]) is not None:
+        return narrowed(x, operand), narrowed(y, operand)
+    return x, y
+
+
+def refuses(equation: core.JaxprEqn) -> str:
     precision = equation.params["precision"]
     preset = _preset(precision)
     if isinstance(precision, lax.DotAlgorithm) or (preset and preset not in _OPERANDS):
@@ -62,7 +70,7 @@ def _refuses(equation: core.JaxprEqn) -> str:
     return ""
 
 
-def _applies(equation: core.JaxprEqn) -> tuple[bool, str]:
+def applies(equation: core.JaxprEqn) -> tuple[bool, str]:
     if any(inexact(atom.aval) for atom in (*equation.invars, *equation.outvars)):
         return True, "fixed tree over the contracted extent"
     return False, "integers: exact in any order"
@@ -183,9 +191,7 @@ def _lower(
     if out is None:
         aval, _ = primitive.abstract_eval(jax.typeof(x), jax.typeof(y), **params)
         out = aval.dtype
-    preset = _preset(params["precision"])
-    if preset and (operand := _OPERANDS[preset]) is not None:
-        x, y = narrowed(x, operand), narrowed(y, operand)
+    x, y = prepared(x, y, params["precision"])
     shape = [x.shape[i] for i in batch[0]]
     left, left_free = _matrix(x, batch[0], contracted[0])
     right, right_free = _matrix(y, batch[1], contracted[1])
@@ -193,4 +199,4 @@ def _lower(
     return contract(left, right, platform, rules, out).reshape(shape)
 
 
-FIXED = {"dot_general": Fixed(_lower, _applies, _refuses)}
+FIXED = {"dot_general": Fixed(_lower, applies, refuses)}

@@ -72,13 +72,33 @@ def _make(primitive: core.Primitive) -> core.Primitive:
 
         ad.primitive_jvps[made] = jvp
 
-    if primitive in ad.primitive_transposes:
+    def transpose(cotangents: Any, *args: Any, rules: Rules, **params: Any) -> list[Any]:
+        linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+        avals = [args[i].aval for i in linear]
+        made = list(map(ad.Zero, avals))
+        given = cotangents if primitive.multiple_results else [cotangents]
+        if not all(type(x) is ad.Zero for x in given):
 
-        def transpose(cotangents: Any, *args: Any, rules: Rules, **params: Any):
-            rule = functools.partial(ad.primitive_transposes[primitive], **params)
-            return _rewritten(rule, rules)(cotangents, *args)
+            def rule(cotangents: Any, known: Sequence[Any]) -> Any:
+                def bind(*unknown: Any) -> Any:
+                    full = list(known)
+                    for i, x in zip(linear, unknown, strict=True):
+                        full[i] = x
+                    return primitive.bind(*full, **params)
 
-        ad.primitive_transposes[made] = transpose
+                return jax.linear_transpose(bind, *avals)(cotangents)
+
+            given = list(map(ad.instantiate_zeros, given))
+            known = [None if i in linear else arg for i, arg in enumerate(args)]
+            made = _rewritten(rule, rules)(
+                given if primitive.multiple_results else given[0], known
+            )
+        out: list[Any] = [None] * len(args)
+        for i, x in zip(linear, made, strict=True):
+            out[i] = x
+        return out
+
+    ad.primitive_transposes[made] = transpose
 
     if primitive in batching.fancy_primitive_batchers:
 
