@@ -1,6 +1,6 @@
 """False alarms of `certify`: a sound model with many seeds, none of which may find a difference.
 
-    python scripts/certify_seeds.py [--seeds 10] [--compositions 6] [--json FILE]
+    python scripts/certify_seeds.py [--seeds 10] [--trials 6] [--json FILE]
 
 By default two layers of SmolLM2's widths with random weights. Exit status 1 if any run does not
 pass.
@@ -25,7 +25,7 @@ def main() -> int:
     """Run certify with every seed; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--compositions", type=int, default=6, help="of each guarantee")
+    parser.add_argument("--trials", type=int, default=6, help="of each guarantee")
     parser.add_argument("--minutes", type=float, default=30, help="of each run, at most")
     parser.add_argument("--shape", help="a published shape in the place of the small one")
     parser.add_argument("--implementation")
@@ -39,12 +39,13 @@ def main() -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     rows = []
     for seed in range(args.seeds):
-        found = certify(model, minutes=args.minutes, compositions=args.compositions, seed=seed)
+        found = certify(model, minutes=args.minutes, trials=args.trials, seed=seed)
         tested = [r for r in found.guarantees.values() if r.occurred]
         rows.append(
             {
                 "seed": seed,
                 "verdict": found.verdict,
+                "trials": found.trials,
                 "compositions": found.compositions,
                 "comparisons": sum(r.comparisons for r in found.guarantees.values()),
                 "formed": {r.name: r.occurred for r in tested},

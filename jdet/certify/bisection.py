@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from jdet.certify.in_program import InProgram, first_result
-from jdet.certify.layouts import SHARED, UNKNOWN, Layout, Rows
 from jdet.certify.loops import enter
 from jdet.certify.program import Step
+from jdet.certify.rows import SHARED, UNKNOWN, Layout, Rows
 from jdet.certify.sides import Side, axes_of, make_side
 from jdet.certify.walk import Alone, Found, Walk
 from jdet.testing.bits import Difference, first_difference
@@ -25,7 +25,7 @@ _SAID = {
         "the operation makes rows of what all rows share (one random key, say): the row's "
         "place and the batch's size decide its bits"
     ),
-    "mixing": "the operation makes one value of all rows, and it reaches the row",
+    "mixing": "the operation makes one value of several rows, and it reaches the row",
     "recut": "the operation gives the row another shape: how it is cut follows the batch",
     "program": "one run has this operation and the other has not",
     "fusion": (

@@ -1,13 +1,13 @@
 """The instruments of `certify` in turn: they share one engine's programs and one budget of time."""
 
-import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from jdet.certify.cases import COMPOSED, LONGEST, Case, Needle, Sent, make_case, make_pool
 from jdet.certify.certificate import FAIL, NOT_TESTED, PASS, Certificate, Result
+from jdet.certify.control import control, control_cases
 from jdet.certify.layers import layers_of
 from jdet.certify.runs import Bench, Ran
 from jdet.certify.schedules import self_test
 from jdet.certify.second_process import Recipe, SecondProcess, bits_of
 from jdet.certify.shrinking import shrink
+from jdet.certify.tally import Tally, wider
 from jdet.models.load import LanguageModel
 
 # Shares of the time: plain XLA, the schedules, and shrinking one failure, at most.
 _CONTROL, _SCHEDULES, _SHRINK = 0.15, 0.2, 0.1
-# Compositions that plain XLA is given; it seldom needs more than one to differ.
-_CONTROLS, _FEWEST_CONTROLS = 12, 4
 
 
 class Campaign:
@@ -55,8 +55,7 @@ class Campaign:
         self.pool = make_pool(self.seed, config.vocab_size)
         self.bench = Bench(model, self.batch)
         self.plain = Bench(model.with_ops(implementation="xla"), self.batch)
-        self.heat: collections.Counter[tuple[int, int, bool]] = collections.Counter()
-        self.cuts: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
+        self.tally = Tally()
         disable = None if progress is None else not progress
         self.bar = tqdm(total=round(self.seconds), unit="s", disable=disable, leave=False)
         self._set_aside(settings["guarantees"])
@@ -91,11 +90,7 @@ class Campaign:
         for result in c.guarantees.values():
             if not result.reason and not result.occurred and not result.mismatches:
                 result.reason = c.stopped or "no such composition occurred in the time"
-        c.heat = [
-            [rows, length, self.heat[rows, length, False] + wrong, wrong]
-            for rows, length in sorted({key[:2] for key in self.heat})
-            for wrong in [self.heat[rows, length, True]]
-        ]
+        self.tally.finish(c)
         c.seconds = time.monotonic() - self.start
         return c
 
@@ -110,35 +105,38 @@ class Campaign:
             self._others()
             self._second_process(child)
 
-    def _compile(self) -> None:
-        """The programs that most cases need, side by side: a compile has one core, and no GIL."""
-        self._tell("compiling")
-        alone = [
-            Case("", 0, (Sent(*self.pool.short[0]),)),
-            Case("", 0, (Sent(*self.pool.long[0]),)),
-        ]
-        first = [self._case(name, 0) for name in ("G1", "G2", "G4")]
-        jobs = [(self.bench, case) for case in (*alone, *first)]
-        jobs += [(self.plain, case) for case in (alone[0], first[0])]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            futures = [threads.submit(bench.compile, case) for bench, case in jobs]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                threads.shutdown(cancel_futures=True)
-
     def _others(self) -> None:
-        self._compile()
-        self._alone()
-        if self.replay is None:
-            # However late it is: a verdict on each is worth more than many on one.
-            for name in self._open():
-                self._try(self._case(name, 0))
-        self._control()
+        jobs = self.bench.compile_jobs(self.pool.all)
+        with _compiling() as threads:
+            ready = [threads.submit(job) for job in jobs]
+            plain = [threads.submit(self.plain.compile, case) for case in self._plain_cases()]
+            self._wait(ready)
+            if self.replay is None:
+                # However late it is: a verdict on each is worth more than many on one.
+                for name in self._open():
+                    self._try(self._case(name, 0))
+            self._wait(plain)
+        cases = control_cases(self.batch, lambda index: self._case("G1", index))
+        found = control(self.plain, cases, _CONTROL * self.seconds, self._tell)
+        self.certificate.control = found
         self._schedules()
+        self._alone()
         for case in self._cases():
             self._try(case)
+
+    def _plain_cases(self) -> list[Case]:
+        """What has plain XLA compile all that its compositions need."""
+        first = next(control_cases(self.batch, lambda index: self._case("G1", index)))
+        return [Case("", 0, first.requests[:1]), first]
+
+    def _wait(self, jobs: Sequence[Future[Any]]) -> None:
+        """Until all are compiled; raises what one of them raised."""
+        left = set(jobs)
+        while left:
+            self._tell(f"compiling: {len(jobs) - len(left)} of {len(jobs)}")
+            done, left = wait(left, timeout=1)
+            for job in done:
+                job.result()
 
     def _open(self) -> list[str]:
         """The guarantees that compositions are made for."""
@@ -183,7 +181,7 @@ class Campaign:
             for known in self.replay["guarantees"]:
                 if known["first"] and known["first"]["case"]:
                     yield Case.from_json(known["first"]["case"])
-            counts = {k["name"]: k["compositions"] for k in self.replay["guarantees"]}
+            counts = {k["name"]: k["trials"] for k in self.replay["guarantees"]}
             for name in COMPOSED:
                 for index in range(counts[name] if results[name].asked else 0):
                     if self._left() <= 0:
@@ -191,45 +189,26 @@ class Campaign:
                     yield self._case(name, index)
             return
         names = self._open()
-        enough = self.certificate.settings.get("compositions", float("inf"))
+        enough = self.certificate.settings.get("trials", float("inf"))
         while self._left() > 0:
-            open_ones = [results[n] for n in names if results[n].compositions < enough]
+            open_ones = [results[n] for n in names if results[n].trials < enough]
             if not open_ones:
                 return
             result = min(open_ones, key=lambda r: r.seconds)
-            yield self._case(result.name, result.compositions)
+            yield self._case(result.name, result.trials)
 
     def _try(self, case: Case) -> None:
         """One composition: run it, count it, and shrink the guarantee's first failure."""
         result = self.certificate.guarantees[case.guarantee]
-        begin, compiles = time.monotonic(), self.bench.compiles
+        begin = time.monotonic()
         self._tell(f"{case.guarantee}: {result.compositions}, {result.mismatches} differ")
         ran = self.bench.run(case)
-        # Who compiles what the others use too does not pay for it.
-        if self.bench.compiles == compiles:
-            result.seconds += time.monotonic() - begin
-        self._count(result, ran)
+        result.seconds += time.monotonic() - begin
+        pairs = enumerate(zip(case.requests, ran.seen, strict=True))
+        occurred = [i for i, pair in pairs if self.bench.occurred(result.name, *pair)]
+        self.tally.count(result, ran, occurred)
         if ran.mismatches and result.first is None:
             self._first_failure(result, ran)
-
-    def _count(self, result: Result, ran: Ran) -> None:
-        result.compositions += 1
-        wrong = {m.request for m in ran.mismatches}
-        for i, (sent, seen) in enumerate(zip(ran.case.requests, ran.seen, strict=True)):
-            occurred = self.bench.occurred(result.name, sent, seen)
-            result.comparisons += 1
-            result.occurred += occurred
-            result.mismatches += i in wrong
-            result.hits += seen.reused > 0
-            result.preemptions += seen.preempted
-            length = len(sent.prompt)
-            result.rows, result.lengths = (
-                _wider(result.rows, seen.rows),
-                _wider(result.lengths, length),
-            )
-            self.cuts[result.name].add((length, *seen.starts))
-            self.heat[seen.rows, length, i in wrong] += 1
-        result.cuts = len(self.cuts[result.name])
 
     def _first_failure(self, result: Result, ran: Ran) -> None:
         """Is it the same when it is run again, how small can it be, and where does it arise?"""
@@ -269,40 +248,13 @@ class Campaign:
             if found := layers_of(self.bench, case, place):
                 self.certificate.layers = {"guarantee": result.name, **found.to_json()}
 
-    def _control(self) -> None:
-        """The compositions of G1 on plain XLA."""
-        begin = time.monotonic()
-        ran = differ = compared = different = 0
-        largest: int | None = None
-        for index in range(_CONTROLS):
-            late = time.monotonic() > begin + _CONTROL * self.seconds
-            if ran and late and (ran >= _FEWEST_CONTROLS or self._left() <= 0):
-                break
-            self._tell(f"plain XLA: {ran}, {differ} differ")
-            found = self.plain.run(self._case("G1", index))
-            ran += 1
-            differ += bool(found.mismatches)
-            compared += len(found.seen)
-            different += len(found.mismatches)
-            ulps = [m.ulps for m in found.mismatches if m.ulps is not None]
-            largest = max([*ulps, largest or 0]) if ulps else largest
-        said = f"{different} of {compared} requests have other bits, in {differ} of {ran} batches"
-        if not differ:
-            said += ": these compositions could not have told"
-        self.certificate.control = {
-            "verdict": "DIFFERS" if differ else "SILENT",
-            "said": said,
-            "compositions": ran,
-            "differ": differ,
-            "comparisons": compared,
-            "mismatches": different,
-            "max_ulps": largest,
-        }
-
     def _schedules(self) -> None:
         end = time.monotonic() + _SCHEDULES * self.seconds
         self._tell("schedules")
-        found = self_test(self.model, lambda: time.monotonic() < end)
+        # One that was never compared has all the time there is.
+        found = self_test(
+            self.model, lambda new: time.monotonic() < end or (new and self._left() > 0)
+        )
         if not found:
             name = self.model.ops.implementation
             reason = f"{name} has one schedule an op on {jax.default_backend()}"
@@ -322,12 +274,12 @@ class Campaign:
         if isinstance(found, str):
             result.reason = found
             return
-        result.compositions = 1
+        result.trials = result.compositions = 1
         for sent, got in zip(child.requests, found, strict=True):
             c = self.bench.alone(sent.prompt, sent.sampling)
             result.comparisons += 1
             result.occurred += 1
-            result.lengths = _wider(result.lengths, len(sent.prompt))
+            result.lengths = wider(result.lengths, len(sent.prompt))
             if got != bits_of(c.token_ids, c.logprobs):
                 result.mismatches += 1
                 said = f"a prompt of {len(sent.prompt)} tokens has other bits in a second process"
@@ -346,17 +298,22 @@ class Campaign:
         if mine["versions"] != others["versions"] or mine["device"] == others["device"]:
             result.reason = "the other report has other versions, or is of the same device"
             return
-        result.compositions, result.comparisons = 1, len(self.pool.all)
-        result.occurred = len(self.pool.all)
+        result.trials = result.compositions = 1
+        result.comparisons = result.occurred = len(self.pool.all)
         if self.certificate.sha256 != other["sha256"]:
             result.mismatches = 1
             said = f"{others['device']['kind']} has sha256 {other['sha256']}"
             result.first = {"said": said, "case": None}
 
 
-def _wider(pair: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    low, high = pair or (value, value)
-    return min(low, value), max(high, value)
+@contextlib.contextmanager
+def _compiling() -> Iterator[ThreadPoolExecutor]:
+    """Threads, of which none begins another compile once the block is left."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        try:
+            yield threads
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _short(error: BaseException) -> str:

@@ -10,8 +10,7 @@ from jdet.sampling import SamplingParams
 from jdet.testing.compositions import compose
 
 # Tokens a request generates: enough to go on while the prompts of a full batch are read.
-TOKENS = 12
-_LONG_TOKENS = 40
+TOKENS = 8
 CHUNKS = (16, 64)
 SHORT = (1, 2, 7, 8, 9, 15, 16)
 MIDDLE = (17, 33, 63, 64, 65, 120)
@@ -19,6 +18,9 @@ MIDDLE = (17, 33, 63, 64, 65, 120)
 LONG = (255, 256, 257, 300)
 # Prompt and completion together, at most.
 LONGEST = 320
+_PAGE = 16
+# Requests of the calls that make an engine of their own, or none: of one size, for few compiles.
+CALL_ROWS = 4
 # The arrival of those that wait until nothing runs.
 LATER = 10_000
 
@@ -143,7 +145,7 @@ def make_pool(seed: int, vocab_size: int) -> Pool:
 
 def _pages(batch: int) -> int:
     """Pages of the cache: a full batch of short requests beside a long one fits, no more."""
-    return 2 * batch + LONGEST // 16
+    return batch + batch // 2 + LONGEST // _PAGE
 
 
 def engine_config(batch: int, *, prefix_caching: bool) -> EngineConfig:
@@ -153,7 +155,7 @@ def engine_config(batch: int, *, prefix_caching: bool) -> EngineConfig:
         max_batch_size=batch,
         max_tokens_per_step=heights[1] * CHUNKS[0] + batch,
         max_model_len=LONGEST,
-        page_size=16,
+        page_size=_PAGE,
         num_pages=_pages(batch),
         chunk_sizes=CHUNKS,
         chunk_rows=heights,
@@ -182,23 +184,37 @@ def _batch_size(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
 
 
 def _neighbours(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
-    """Any requests in any order, one or two of them long."""
+    """Any requests in any order, with noise and without, one or two of them long."""
     size = _sizes(rng, batch)
-    chosen = [rng.choice(pool.short) for _ in range(max(1, size - 2))]
-    chosen += [rng.choice(pool.middle + pool.long) for _ in range(rng.randint(1, 2))]
+    chosen = [rng.choice([n for n in pool.short if n[1].temperature > 0])]
+    chosen += [rng.choice(pool.short) for _ in range(size - 3)]
+    chosen += [rng.choice(pool.middle + pool.long) for _ in range(rng.randint(0, 1))]
+    chosen.append(rng.choice([n for n in pool.greedy if n not in pool.short]))
     rng.shuffle(chosen)
     return {"requests": tuple(_sent(n) for n in chosen[:batch])}
 
 
 def _padding(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
-    """Prompts read in chunks of other shapes than alone; now and then `generate`'s own."""
-    if rng.random() < 0.15:
-        rows = tuple(_sent(rng.choice(pool.short)) for _ in range(4))
-        return {"requests": rows, "front": "generate"}
+    """Prompts read in chunks of other shapes than alone."""
     # A middle prompt first: the short ones behind it are read in its wider chunks.
     first = rng.choice(pool.middle + pool.long)
     rest = [rng.choice(pool.short + pool.middle) for _ in range(rng.randint(1, min(6, batch - 1)))]
     return {"requests": (_sent(first), *(_sent(n, rng.randint(0, 3)) for n in rest))}
+
+
+def _generate(rng: random.Random, pool: Pool) -> dict[str, Any]:
+    """A call of `generate`: an engine with other pages and shapes."""
+    greedy = [n for n in pool.short if n[1].temperature == 0]
+    rows = tuple(_sent(rng.choice(greedy)) for _ in range(CALL_ROWS))
+    return {"requests": rows, "front": "generate"}
+
+
+def _score(rng: random.Random, pool: Pool) -> dict[str, Any]:
+    """A call of `score`, of one width: with the completion, one at least is over 16 tokens."""
+    wide = [n for n in pool.short if len(n[0]) + TOKENS > 16]
+    rows = [rng.choice(wide), *(rng.choice(pool.short) for _ in range(CALL_ROWS - 1))]
+    rng.shuffle(rows)
+    return {"requests": tuple(_sent(n) for n in rows), "front": "score"}
 
 
 def _chunks(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
@@ -213,27 +229,46 @@ def _chunks(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
 def _prefix(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
     """A long prompt whose beginning another one, now running or long gone, had."""
     prompt, sampling = rng.choice(pool.long + pool.middle[2:])
-    kept = rng.randint(16, len(prompt))
+    kept = rng.randint(_PAGE, len(prompt))
     other = tuple(rng.choice(prompt) for _ in range(rng.randint(0, 40)))
     first = (prompt[:kept] + other)[: LONG[-1]]
+    own = dataclasses.replace(sampling, max_tokens=rng.choice([2, TOKENS]))
     arrive = rng.choice([3, 6, 9, LATER])
     mates = [rng.choice(pool.short) for _ in range(rng.randint(0, min(4, batch - 2)))]
-    sent = [Sent(first, sampling), Sent(prompt, sampling, arrive)]
+    sent = [Sent(first, own), Sent(prompt, sampling, arrive)]
     return {"requests": (*sent, *(_sent(n, arrive) for n in mates)), "prefix_caching": True}
 
 
 def _load(rng: random.Random, pool: Pool, batch: int) -> dict[str, Any]:
-    """More than the pages hold, at any time, some cancelled."""
-    pages, sent = 0, []
-    while pages < 1.3 * _pages(batch):
-        prompt, sampling = rng.choice((*pool.short[-2:], *pool.middle, *pool.long[:1]))
-        # They stay long enough for others to want their pages.
-        needle = prompt, dataclasses.replace(sampling, max_tokens=_LONG_TOKENS)
-        pages += -(-(len(prompt) + _LONG_TOKENS) // 16)
-        arrive = rng.choice([0, 0, rng.randint(0, 12)])
-        cancel = arrive + rng.randint(1, 20) if rng.random() < 0.1 else None
-        sent.append(_sent(needle, arrive, cancel))
-    return {"requests": tuple(sorted(sent, key=lambda s: s.arrive))}
+    """Requests that fill every page, the youngest at the end of its own; more come, and wait.
+
+    Lengths just behind the end of a page ask for no other one in `TOKENS` tokens. One of 15
+    does, when all have been read: so what is preempted had begun to generate.
+    """
+    of_pages = {
+        17: [n for n in pool.long if len(n[0]) == 257],
+        5: [n for n in pool.middle if len(n[0]) == 64],
+        3: [n for n in pool.middle if len(n[0]) == 33],
+        2: [n for n in pool.all if len(n[0]) in (16, 17)],
+        1: [n for n in pool.short if len(n[0]) == 15],
+    }
+    sizes: list[int] = []
+    last = rng.randint(1, 3) if batch > 8 else 1
+    left, slots = _pages(batch) - last, batch - last
+    while left:
+        if left > 2 * slots or (not sizes and rng.random() < 0.5):
+            size = next(n for n in ((5, 3) if sizes else (17, 5, 3)) if n <= left)
+        else:
+            size = min(left, 3 if slots == 1 else 2)
+        sizes.append(size)
+        left, slots = left - size, slots - 1
+    sizes.sort(reverse=True)
+    sent = [_sent(rng.choice(of_pages[size])) for size in sizes + last * [1]]
+    late = [_sent(rng.choice(pool.short), rng.randint(1, 12)) for _ in range(rng.randint(0, 3))]
+    if rng.random() < 0.5:
+        gone = rng.randrange(len(sent))
+        sent[gone] = dataclasses.replace(sent[gone], cancel=rng.randint(14, 20))
+    return {"requests": (*sent, *sorted(late, key=lambda s: s.arrive))}
 
 
 # Guarantees that a batch in an engine can break, and what makes its case.
@@ -263,12 +298,12 @@ def make_case(
     `tokens_of` gives the tokens that a needle generates alone.
     """
     rng = random.Random(f"{seed} {guarantee} {index}")
+    if guarantee == "G3" and index % 4 == 1:
+        return Case(guarantee, index, **_generate(rng, pool))
     if guarantee != "G6":
         return Case(guarantee, index, **_RECIPES[guarantee](rng, pool, batch))
-    if rng.random() < 0.4:
-        # One shape a number of rows: compiles.
-        scored = tuple(_sent(rng.choice(pool.short)) for _ in range(rng.choice([1, 4])))
-        return Case(guarantee, index, scored, front="score")
+    if index % 2 == 0:
+        return Case(guarantee, index, **_score(rng, pool))
     sent = []
     for needle in rng.sample(pool.greedy, rng.randint(1, min(3, len(pool.greedy)))):
         read = rng.randint(1, TOKENS - 1)

@@ -34,7 +34,12 @@ class Result:
       name: "G1".."G11".
       asked: whether the certificate's verdict waits for it.
       reason: why it was not tested.
-      compositions: cases that ran.
+      trials: cases that ran.
+      compositions: different batches that the engine formed in one step, with a compared request
+        in it around which what the guarantee is about occurred. The padded shape, the requests
+        in their rows, the parts of prompts that were read and whether what is before them came
+        from the prefix cache tell batches apart; how far the generating rows are does not. A
+        call of `generate` or `score` is one.
       comparisons: requests of them that were compared with their run alone.
       occurred: those around which the engine formed what the guarantee is about.
       mismatches: comparisons with other bits.
@@ -43,12 +48,13 @@ class Result:
       hits: requests that found a beginning of theirs in the prefix cache.
       preemptions: of compared requests.
       first: of the first failure: what differs, how small it was shrunk, and the case.
-      seconds: spent on its compositions, but on those that compiled something.
+      seconds: spent on its trials.
     """
 
     name: str
     asked: bool = True
     reason: str = ""
+    trials: int = 0
     compositions: int = 0
     comparisons: int = 0
     occurred: int = 0
@@ -88,6 +94,7 @@ class Certificate:
       control: what plain XLA did with the same compositions.
       heat: [requests in a step, tokens of the prompt, comparisons, mismatches].
       layers: of the first failure, where in the model it arises.
+      compositions: of all guarantees together, each batch counted once.
       sha256: of the pool's tokens and log-probs alone: compare it with another card's.
       stopped: why it ended early.
       seconds: wall clock.
@@ -101,6 +108,7 @@ class Certificate:
     control: dict[str, Any] = dataclasses.field(default_factory=dict)
     heat: list[list[int]] = dataclasses.field(default_factory=list)
     layers: dict[str, Any] | None = None
+    compositions: int = 0
     sha256: str = ""
     stopped: str = ""
     seconds: float = 0.0
@@ -126,15 +134,15 @@ class Certificate:
         return self.verdict == PASS
 
     @property
-    def compositions(self) -> int:
+    def trials(self) -> int:
         """Of all guarantees together."""
-        return sum(r.compositions for r in self.guarantees.values())
+        return sum(r.trials for r in self.guarantees.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `certify(replay=...)` takes them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         results = [r.to_json() for r in self.guarantees.values()]
-        told = {"verdict": self.verdict, "said": str(self), "compositions": self.compositions}
+        told = {"verdict": self.verdict, "said": str(self), "trials": self.trials}
         return {**told, **fields, "guarantees": results, "seconds": round(self.seconds, 1)}
 
     def __str__(self) -> str:
@@ -143,19 +151,19 @@ class Certificate:
         stopped = f"; stopped early: {self.stopped}" if self.stopped else ""
         return (
             f"{self.verdict}: {s['model']} on {s['implementation']}, {self.compositions} "
-            f"compositions, {compared} requests compared with their run alone, {wrong} with other "
-            f"bits{stopped}"
+            f"compositions in {self.trials} trials, {compared} requests compared with their run "
+            f"alone, {wrong} with other bits{stopped}"
         )
 
     def table(self) -> Group:
         """The verdicts, for `rich`."""
         table = Table()
-        for column in ("", "not on", "verdict", "tried", "formed", "differ", "what ran"):
-            table.add_column(column, overflow="fold", no_wrap=column in ("", "tried", "differ"))
+        for column in ("", "not on", "verdict", "formed", "compared", "differ", "what ran"):
+            table.add_column(column, overflow="fold", no_wrap=column in ("", "formed", "differ"))
         style = {PASS: "green", FAIL: "bold red", NOT_TESTED: "dim"}
         for r in self.guarantees.values():
             counts = [str(n) for n in (r.compositions, r.occurred, r.mismatches)]
-            if not r.compositions:
+            if not r.trials:
                 counts = ["", "", ""]
             what = r.reason or ran(r)
             verdict = Text(r.verdict, style[r.verdict])
@@ -202,4 +210,6 @@ def schedules_said(found: dict[str, Any]) -> str:
     ops = [f"{o['op']} {o['compared']} of {o['schedules']}" for o in found["ops"]]
     wrong = [d for o in found["ops"] for d in o["differ"]]
     told = f"; other bits: {'; '.join(wrong)}" if wrong else ", the same bits"
-    return f"{found['verdict']}: compared {', '.join(ops)}{told}"
+    out = [f"{o['op']} ({', '.join(o['left_out'])})" for o in found["ops"] if o["left_out"]]
+    short = f"; no time for {'; '.join(out)}" if out else ""
+    return f"{found['verdict']}: compared {', '.join(ops)}{told}{short}"

@@ -9,11 +9,10 @@ import jax
 
 from jdet.certify.campaign import Campaign
 from jdet.certify.certificate import GUARANTEES, Certificate, Result
-from jdet.certify.second_process import Recipe
+from jdet.certify.second_process import Recipe, check_shape
 from jdet.compiler import check_environment, compiler_options, xla_flags
 from jdet.environment import device, versions
-from jdet.models.config import CONFIGS
-from jdet.models.load import LanguageModel, load, random_model
+from jdet.models.load import LanguageModel
 
 
 def certify(
@@ -23,10 +22,11 @@ def certify(
     guarantees: Sequence[str] | None = None,
     seed: int = 0,
     batch: int | None = None,
-    compositions: int | None = None,
+    trials: int | None = None,
     dtype: str = "bfloat16",
     implementation: str | None = None,
     random_weights: bool = False,
+    layers: int | None = None,
     replay: Mapping[str, Any] | None = None,
     other: Mapping[str, Any] | None = None,
     progress: bool | None = None,
@@ -44,9 +44,10 @@ def certify(
       guarantees: names like "G4" to ask for; None: all that apply here.
       seed: of prompts and compositions.
       batch: requests at once, at most; None: 16 on CPU, 64 elsewhere.
-      compositions: so many of each guarantee are enough; None: as many as the time allows.
+      trials: so many of each guarantee are enough; None: as many as the time allows.
       dtype, implementation: of a model given by name.
       random_weights: the name is a published shape, as `jdet.random_model` takes it.
+      layers: of such a shape, so many; None: all.
       replay: what `Certificate.to_json` gave: its failures, and then its compositions again, in
         place of `guarantees`, `seed` and `batch`.
       other: the same of a run on another card of this architecture, to test G11.
@@ -57,32 +58,38 @@ def certify(
       EnvironmentRefused: XLA_FLAGS holds a flag against the promise.
     """
     settings = _settings(minutes, guarantees, seed, batch, replay)
-    if compositions is not None:
-        if replay is not None or compositions < 1:
-            raise ValueError(f"compositions={compositions}; allowed: from 1, without a replay")
-        settings["compositions"] = compositions
+    if trials is not None:
+        if replay is not None or trials < 1:
+            raise ValueError(f"trials={trials}; allowed: from 1, without a replay")
+        settings["trials"] = trials
+    if layers is not None and not random_weights:
+        raise ValueError(f"layers={layers}; allowed: with random_weights, a model has its own")
     if implementation != "xla":
         check_environment()
     recipe = None
     start = time.monotonic()
     if isinstance(model, str):
-        if random_weights and model not in CONFIGS:
-            raise ValueError(f"unknown shape {model!r}; allowed: {', '.join(CONFIGS)}")
-        options: dict[str, Any] = {"dtype": dtype, "implementation": implementation}
-        name, model = model, (random_model if random_weights else load)(model, **options)
-        recipe = Recipe(name, random_weights, dtype, model.ops.implementation)
+        if random_weights:
+            check_shape(model, layers)
+        recipe = Recipe(model, random_weights, dtype, implementation, layers)
+        name, made = model, recipe.make()
+        # The second process's implementation is this one's, whatever it finds.
+        recipe = dataclasses.replace(recipe, implementation=made.ops.implementation)
         # What `jdet certify --replay` loads.
         settings["source"] = {
             "model": None if random_weights else name,
             "shape": name if random_weights else None,
+            "layers": layers,
         }
+    else:
+        made = model
     certificate = Certificate(
-        subject=_subject(model),
-        environment=_environment(model),
+        subject=_subject(made),
+        environment=_environment(made),
         settings=settings,
         guarantees={name: Result(name) for name in GUARANTEES},
     )
-    return Campaign(model, recipe, certificate, start, progress, replay, other).run()
+    return Campaign(made, recipe, certificate, start, progress, replay, other).run()
 
 
 def _settings(
@@ -132,4 +139,8 @@ def _environment(model: LanguageModel) -> dict[str, Any]:
         "versions": versions(),
         "compiler_options": compiler_options(model.ops.implementation),
         "xla_flags": xla_flags(),
+        # Programs from a cache were compiled by another process; the second one never reads it.
+        "compilation_cache": bool(
+            jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
+        ),
     }

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jdet.certify.layouts import Rows
 from jdet.certify.program import Step, align
+from jdet.certify.rows import Rows
 from jdet.certify.sides import RECUT, Comparison, Side, compare
 from jdet.certify.walk import Found
 from jdet.testing.bits import Difference, first_difference

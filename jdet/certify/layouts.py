@@ -11,55 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from jdet.certify.program import Program, Step, align
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Where a row stands on `axis`.
-
-    From `offset` on, the axis is (major, extent, minor) in C order, and row r is [:, r, :].
-    What stands before and behind is padding.
-    """
-
-    axis: int
-    extent: int
-    major: int = 1
-    minor: int = 1
-    offset: int = 0
-
-    @property
-    def size(self) -> int:
-        """What of the axis the rows take."""
-        return self.major * self.extent * self.minor
-
-    def fills(self, shape: Sequence[int]) -> bool:
-        """There is no padding."""
-        return self.offset == 0 and shape[self.axis] == self.size
-
-    def take(self, value: NDArray[Any], row: int) -> NDArray[Any]:
-        """One row: the shape without the axis, or with what is merged into it."""
-        before, after = value.shape[: self.axis], value.shape[self.axis + 1 :]
-        held = np.take(value, range(self.offset, self.offset + self.size), self.axis)
-        split = held.reshape(*before, self.major, self.extent, self.minor, *after)
-        merged = self.major * self.minor
-        shape = (*before, *(() if merged == 1 else (merged,)), *after)
-        return np.take(split, row, len(before) + 1).reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoRows:
-    """A value without a batch axis. `SHARED`: all rows see it whole. `UNKNOWN`: not told."""
-
-    name: str
-
-
-SHARED = NoRows("shared")
-UNKNOWN = NoRows("unknown")
-type Layout = Rows | NoRows
+from jdet.certify.rows import SHARED, UNKNOWN, Layout, Rows, Tiles, merged
 
 
 def layouts(
@@ -105,7 +58,10 @@ def _layout(
             return seen
         return seen if seen.major * seen.minor == 1 else _merged_as(seen, operands) or UNKNOWN
     # Of rows with padding around them the shapes may be the same at both sizes.
-    padded = any(x is UNKNOWN or isinstance(x, Rows) and not x.fills(s) for x, s in operands)
+    padded = any(
+        x is UNKNOWN or isinstance(x, Tiles) or isinstance(x, Rows) and not x.fills(s)
+        for x, s in operands
+    )
     return SHARED if seen is SHARED and not padded else UNKNOWN
 
 
@@ -132,7 +88,9 @@ def _agree(told: Layout, seen: Layout, shape: tuple[int, ...]) -> bool:
 def _merged_as(seen: Rows, operands: Sequence[tuple[Layout, Any]]) -> Rows | None:
     """`seen`, merged in the order that an operand's axis of the same size is."""
     for layout, _ in operands:
-        if isinstance(layout, Rows) and layout.major * layout.minor == seen.major:
+        if not isinstance(layout, Rows) or layout.span > 1:
+            continue
+        if layout.major * layout.minor == seen.major:
             return dataclasses.replace(layout, axis=seen.axis)
     return None
 
@@ -144,71 +102,128 @@ def _told(
     params = step.params
     rows = [(i, x, s) for i, (x, s) in enumerate(operands) if isinstance(x, Rows)]
     if not rows:
-        return None
+        return _told_of_tiles(step, operands, shape)
     i, layout, source = rows[0]
-
-    def at(axis: int) -> Rows:
-        return dataclasses.replace(layout, axis=axis)
 
     match step.primitive:
         case "reshape":
             return _reshaped(layout, source, shape)
-        case "transpose":
-            return at(list(params["permutation"]).index(layout.axis))
-        case "broadcast_in_dim":
-            return at(params["broadcast_dimensions"][layout.axis])
-        case "squeeze":
-            gone = [d % len(source) for d in params["dimensions"]]
-            return at(layout.axis - sum(d < layout.axis for d in gone))
-        case "expand_dims":
-            kept = [d for d in range(len(shape)) if d not in params["dimensions"]]
-            return at(kept[layout.axis])
         case "dot_general":
             return _product(params["dimension_numbers"], rows, operands)
-        case "slice" | "pad" if source[layout.axis] != shape[layout.axis]:
+        case "slice" | "pad" if any(source[d] != shape[d] for d in layout.axes):
             return _moved(step, layout, shape)
         case "slice" | "pad" | "dynamic_slice" | "split" | "top_k":
-            kept = len(shape) == len(source) and source[layout.axis] == shape[layout.axis]
+            kept = len(shape) == len(source) and all(source[d] == shape[d] for d in layout.axes)
             return layout if i == 0 and kept else None
         case "concatenate":
-            return layout if params["dimension"] != layout.axis else None
+            return layout if params["dimension"] not in layout.axes else None
         case "gather" | "rev" | "scan" | "while" | "cond" | "dot" | "conv_general_dilated":
             return None
         case name if name.startswith(("reduce_", "arg")) and "axes" in params:
-            if layout.axis in params["axes"]:
-                return SHARED
-            return at(layout.axis - sum(d < layout.axis for d in params["axes"]))
+            return _reduced(layout, source, params["axes"])
+        case _ if (where := _axes(step, len(source), len(shape))) is not None:
+            return _on(layout, source, where)
         case _:
             # Elementwise, sorts, cumulative sums, updates in place.
             same = [x for _, x, s in rows if s == shape]
             return same[0] if same else None
 
 
+def _told_of_tiles(
+    step: Step, operands: Sequence[tuple[Layout, tuple[int, ...]]], shape: tuple[int, ...]
+) -> Tiles | None:
+    """As `_told`, where no operand has rows."""
+    tiles = [(x, s) for x, s in operands if isinstance(x, Tiles)]
+    if not tiles:
+        return None
+    layout, source = tiles[0]
+    if (where := _axes(step, len(source), len(shape))) is not None:
+        axis = where[layout.axis]
+        return None if axis is None else dataclasses.replace(layout, axis=axis)
+    single = step.primitive not in ("scan", "while", "cond", "gather", "rev", "reshape")
+    return layout if single and source == shape else None
+
+
+def _axes(step: Step, before: int, behind: int) -> list[int | None] | None:
+    """Of a step that moves whole axes, where each of its operand's is; None: another step."""
+    params = step.params
+    match step.primitive:
+        case "transpose":
+            return [list(params["permutation"]).index(d) for d in range(before)]
+        case "broadcast_in_dim":
+            return list(params["broadcast_dimensions"])
+        case "squeeze":
+            gone = {d % before for d in params["dimensions"]}
+            kept = [d for d in range(before) if d not in gone]
+            return [kept.index(d) if d in kept else None for d in range(before)]
+        case "expand_dims":
+            return [d for d in range(behind) if d not in params["dimensions"]]
+        case _:
+            return None
+
+
+def _on(layout: Rows, source: Sequence[int], where: Sequence[int | None]) -> Rows | None:
+    """The layout with its axes moved to other places: side by side, in their order."""
+    axes = [where[d] for d in layout.axes]
+    if layout.span > 1 and (None in axes or axes != [*range(axes[0] or 0, (axes[-1] or 0) + 1)]):
+        # An axis of one element may stand anywhere.
+        axes = [where[d] for d in layout.axes if source[d] != 1]
+    if not axes or axes[0] is None or axes != [*range(axes[0], axes[0] + len(axes))]:
+        return None
+    return dataclasses.replace(layout, axis=axes[0], span=len(axes))
+
+
+def _reduced(layout: Rows, source: Sequence[int], gone: Sequence[int]) -> Layout | None:
+    """What a reduction over these axes leaves of the rows."""
+    if set(layout.axes) <= set(gone):
+        return SHARED
+    before = sum(d < layout.axis for d in gone)
+    over = [d for d in layout.axes if d in gone]
+    if not over:
+        return dataclasses.replace(layout, axis=layout.axis - before)
+    if over == [*layout.axes][1:] and layout.major * layout.minor == 1:
+        height = math.prod(source[d] for d in over)
+        return Tiles(layout.axis - before, height, layout.offset)
+    return None
+
+
 def _reshaped(layout: Rows, source: tuple[int, ...], shape: tuple[int, ...]) -> Rows | None:
-    """The batch is a digit of the elements' count in C order: on the axis that holds it whole."""
+    """The batch is a digit of the elements' count in C order: on the axes that hold it whole."""
+    one = dataclasses.replace(layout, span=1), layout.merged(source)
+    for span in range(1, len(shape) + 1):
+        for axis in reversed(range(len(shape) - span + 1)):
+            if found := _held(*one, merged(shape, axis, span), axis):
+                # Tiles of which there is one here may be several at another size.
+                while axis and shape[axis - 1] == 1 and found.major * found.minor == 1:
+                    axis, span = axis - 1, span + 1
+                return dataclasses.replace(found, axis=axis, span=span)
+    return None
+
+
+def _held(layout: Rows, source: Sequence[int], shape: Sequence[int], axis: int) -> Rows | None:
+    """The layout on this axis of a reshaped value; None where it does not hold the batch."""
     behind = math.prod(source[layout.axis + 1 :])
     stride, offset = layout.minor * behind, layout.offset * behind
     padded = not layout.fills(source)
     if padded and (layout.major > 1 or math.prod(source[: layout.axis]) > 1):
         return None
-    inner = 1
-    for axis in reversed(range(len(shape))):
-        size = shape[axis]
-        reach = inner * size
-        if padded:
-            whole = math.prod(shape[:axis]) == 1 and offset + stride * layout.extent <= reach
-        else:
-            whole = reach % (stride * layout.extent) == 0
-        if whole and stride % inner == 0 and offset % inner == 0:
-            minor = stride // inner
-            major = 1 if padded else size // (minor * layout.extent)
-            return Rows(axis, layout.extent, major, minor, offset // inner)
-        inner = reach
-    return None
+    size, inner = shape[axis], math.prod(shape[axis + 1 :])
+    reach = inner * size
+    if padded:
+        whole = math.prod(shape[:axis]) == 1 and offset + stride * layout.extent <= reach
+    else:
+        whole = reach % (stride * layout.extent) == 0
+    if not whole or stride % inner or offset % inner:
+        return None
+    minor = stride // inner
+    major = 1 if padded else size // (minor * layout.extent)
+    return Rows(axis, layout.extent, major, minor, offset // inner)
 
 
 def _moved(step: Step, layout: Rows, shape: tuple[int, ...]) -> Rows | None:
     """A batch axis cut or padded: the rows keep their order and begin elsewhere."""
+    if layout.span > 1:
+        return None
     if step.primitive == "pad":
         low, _, interior = step.params["padding_config"][layout.axis]
         if interior:
@@ -231,15 +246,18 @@ def _product(
     (left, right), (left_batch, right_batch) = numbers
     for side, layout, shape in rows:
         contracted, batch = (left, left_batch) if side == 0 else (right, right_batch)
-        if layout.axis in contracted:
+        if set(layout.axes) <= set(contracted):
             return SHARED
-        if layout.axis in batch:
-            return dataclasses.replace(layout, axis=list(batch).index(layout.axis))
-        if len(rows) > 1:
+        shared = [d for d in layout.axes if d in batch]
+        if len(rows) > 1 and not shared:
             return None
         free = [d for d in range(len(shape)) if d not in (*contracted, *batch)]
         before = len(batch)
         if side == 1:
             before += len(operands[0][1]) - len(left) - len(left_batch)
-        return dataclasses.replace(layout, axis=before + free.index(layout.axis))
+        where = [
+            batch.index(d) if d in batch else before + free.index(d) if d in free else None
+            for d in range(len(shape))
+        ]
+        return _on(layout, shape, where)
     return None

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from jdet.certify.layouts import UNKNOWN, Layout, Rows
 from jdet.certify.program import Step, closed
+from jdet.certify.rows import UNKNOWN, Layout, NoRows
 from jdet.certify.sides import Side
 from jdet.certify.walk import Found, Walk
 
@@ -120,7 +120,7 @@ def _bodies(step: Step) -> dict[str, core.ClosedJaxpr]:
 
 def _element(layout: Layout) -> Layout:
     """Of what a scan's body sees of an array, its first axis taken off."""
-    if not isinstance(layout, Rows):
+    if isinstance(layout, NoRows):
         return layout
     if layout.axis == 0:
         # The loop walks over the rows: which turn is whose is not followed.

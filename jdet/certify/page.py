@@ -61,6 +61,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{k} {v}" for k, v in e["versions"].items())),
         ("compiler options", options or "none"),
         ("XLA_FLAGS", ", ".join(f"{k}={v}" for k, v in e["xla_flags"].items()) or "none"),
+        ("compilation cache", "a folder is set" if e.get("compilation_cache") else "none"),
         ("time", f"{report['seconds']} s of {report['settings']['minutes']} min"),
     ]
 

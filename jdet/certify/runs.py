@@ -1,12 +1,13 @@
 """Cases run on the real engine: what came out, what was composed, and where it differs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jdet.certify.cases import TOKENS, Case, Sent, engine_config
+from jdet.certify.batches import Batch, of_call, of_steps
+from jdet.certify.cases import CALL_ROWS, TOKENS, Case, Needle, Sent, engine_config
 from jdet.completion import Completion, LanguageModel
 from jdet.engine.engine import Engine
 from jdet.engine.handle import Handle
@@ -33,6 +34,7 @@ class Seen:
       shapes: (rows, length) of chunks and generating rows that its steps were padded to.
       lengths: of the prompts beside it.
       kinds: how many different sampling parameters stood beside it.
+      tokens: computed in one of these steps, at most.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Seen:
     shapes: frozenset[tuple[int, int, int]] = frozenset()
     lengths: frozenset[int] = frozenset()
     kinds: int = 0
+    tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +68,19 @@ class Mismatch:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """A case that ran: for each request what was seen, and all mismatches."""
+    """A case that ran: for each request what was seen, all mismatches, and all batches."""
 
     case: Case
     seen: tuple[Seen, ...]
     mismatches: tuple[Mismatch, ...]
+    batches: tuple[Batch, ...]
 
 
 class Bench:
-    """One model, one set of engine shapes, and the runs alone that all is compared with.
-
-    Attributes:
-      compiles: programs of the engine compiled so far.
-    """
+    """One model, one set of engine shapes, and the runs alone that all is compared with."""
 
     def __init__(self, model: LanguageModel, batch: int) -> None:
         self.model, self.batch = model, batch
-        self.compiles = 0
         self._alone: dict[tuple[tuple[int, ...], SamplingParams], tuple[Completion, Seen]] = {}
 
     def alone(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -110,25 +109,36 @@ class Bench:
             completions = generate(self.model, prompts, params, batch_size=rows)
             # In an engine of its own: other pages and shapes than the runs alone had.
             seen = [Seen(rows, shapes=frozenset({(0, 0, 0)}))] * rows
+            batches = of_call(case)
         else:
-            completions, seen, _ = self._engine(case)
+            completions, seen, batches, _ = self._engine(case)
         pairs = enumerate(zip(case.requests, completions, strict=True))
         found = (self._compare(i, *pair) for i, pair in pairs)
-        return Ran(case, tuple(seen), tuple(m for m in found if m is not None))
+        return Ran(case, tuple(seen), tuple(m for m in found if m is not None), tuple(batches))
+
+    def compile_jobs(self, needles: Sequence[Needle]) -> list[Callable[[], object]]:
+        """What compiles all programs that cases of these requests need, for threads."""
+        greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        # G6 reads generated tokens as a prompt.
+        params = [dataclasses.replace(greedy, prompt_logprobs=0), *(n[1] for n in needles)]
+        engine = Engine(self.model, engine_config(self.batch, prefix_caching=False))
+        prompts = [[0] * 16] * CALL_ROWS
+        return [
+            *engine.compile_jobs(params),
+            lambda: generate(self.model, prompts, greedy, batch_size=CALL_ROWS),
+            lambda: score(self.model, [p + [0] for p in prompts], batch_size=CALL_ROWS),
+        ]
 
     def compile(self, case: Case) -> None:
         """Run a case for the programs it needs; what comes out is not compared."""
-        if case.front == "engine":
-            self._engine(case)
-        else:
-            self.run(case)
+        self._engine(case)
 
     def cached(self, case: Case, request: int) -> tuple[Cached, list[int]] | None:
         """The request's keys and values, by layer, as its last step leaves them; its tokens.
 
         None where it was cancelled before, or had given its pages back.
         """
-        completions, _, found = self._engine(case, snapshot=request)
+        completions, *_, found = self._engine(case, snapshot=request)
         return None if found is None else (found, completions[request].token_ids)
 
     def occurred(self, guarantee: str, sent: Sent, seen: Seen) -> bool:
@@ -141,8 +151,8 @@ class Bench:
             return seen.preempted > 0
         if guarantee == "G10":
             c: Any = self.model.decoder.config
-            # More choices than experts: two tokens of a step share one.
-            return seen.rows * c.num_experts_per_tok > c.num_experts
+            # More choices than experts: tokens of a step share some.
+            return seen.rows > 1 and seen.tokens * c.num_experts_per_tok > c.num_experts
         if guarantee == "G1":
             return seen.rows > 1
         if guarantee == "G2":
@@ -154,7 +164,7 @@ class Bench:
 
     def _engine(
         self, case: Case, snapshot: int | None = None
-    ) -> tuple[list[Completion], list[Seen], Cached | None]:
+    ) -> tuple[list[Completion], list[Seen], list[Batch], Cached | None]:
         plans: list[Plan] = []
         config = engine_config(self.batch, prefix_caching=case.prefix_caching)
         engine = Engine(self.model, config, cache_fill=float("nan"), watch=plans.append)
@@ -177,10 +187,11 @@ class Bench:
                 [request] = handles[snapshot].requests
                 if request.slot is not None and request.chosen == request.params.max_tokens:
                     cached = engine.cached(handles[snapshot])
-        self.compiles = engine.compiles
         order = [handles[i].requests[0] for i in range(len(case.requests))]
         completions = [engine.completions(handles[i])[0] for i in range(len(case.requests))]
-        return completions, [_seen(plans, request) for request in order], cached
+        places = {request: i for i, request in enumerate(order)}
+        seen = [_seen(plans, request) for request in order]
+        return completions, seen, of_steps(plans, places), cached
 
     def _score(self, case: Case) -> Ran:
         solos = [self.alone(s.prompt, s.sampling) for s in case.requests]
@@ -191,7 +202,8 @@ class Bench:
             count = len(solo.logprobs)
             found = _difference(i, solo.logprobs, got[-count:], "score")
             mismatches += [found] if found else []
-        return Ran(case, (Seen(len(given)),) * len(given), tuple(mismatches))
+        seen = (Seen(len(given)),) * len(given)
+        return Ran(case, seen, tuple(mismatches), tuple(of_call(case)))
 
     def _compare(self, index: int, sent: Sent, got: Completion) -> Mismatch | None:
         if sent.read:
@@ -238,7 +250,7 @@ def _difference(
 
 def _seen(plans: Sequence[Plan], request: Request) -> Seen:
     """Read off the steps that computed the request."""
-    rows, end, preempted, reused = 1, 0, 0, 0
+    rows, tokens, end, preempted, reused = 1, 1, 0, 0, 0
     places, starts, shapes = [], [], set()
     mates: set[Request] = set()
     for plan in plans:
@@ -256,6 +268,7 @@ def _seen(plans: Sequence[Plan], request: Request) -> Seen:
             starts.append(own.start)
         places.append(place)
         rows = max(rows, len(chunks))
+        tokens = max(tokens, sum(c.length for c in chunks))
         shapes.add((*plan.chunk_shape, plan.decode_rows))
         mates |= {c.request for c in chunks if c.request is not request}
     return Seen(
@@ -267,4 +280,5 @@ def _seen(plans: Sequence[Plan], request: Request) -> Seen:
         shapes=frozenset(shapes),
         lengths=frozenset(len(m.prompt) for m in mates) - {len(request.prompt)},
         kinds=len({m.params for m in mates} - {request.params}),
+        tokens=tokens,
     )

@@ -23,19 +23,42 @@ class Recipe:
 
     Attributes:
       model: what `jdet.load` takes; or, if `random`, a published shape for `jdet.random_model`.
+      layers: of a shape, so many; None: all.
     """
 
     model: str
     random: bool
     dtype: str
-    implementation: str
+    implementation: str | None
+    layers: int | None = None
 
     def make(self) -> Any:
         """The model."""
         import jdet
+        from jdet.models.config import CONFIGS
 
         options: dict[str, Any] = {"dtype": self.dtype, "implementation": self.implementation}
-        return (jdet.random_model if self.random else jdet.load)(self.model, **options)
+        if not self.random:
+            return jdet.load(self.model, **options)
+        if self.layers is None:
+            return jdet.random_model(self.model, **options)
+        config = dataclasses.replace(CONFIGS[self.model], num_hidden_layers=self.layers)
+        return jdet.random_model(config, **options)
+
+
+def check_shape(name: str, layers: int | None) -> None:
+    """Raise unless there is a published shape of that name, with so many layers.
+
+    Raises:
+      ValueError: there is none, or it has fewer.
+    """
+    from jdet.models.config import CONFIGS
+
+    if name not in CONFIGS:
+        raise ValueError(f"unknown shape {name!r}; allowed: {', '.join(CONFIGS)}")
+    most = CONFIGS[name].num_hidden_layers
+    if layers is not None and not 1 <= layers <= most:
+        raise ValueError(f"layers={layers}; allowed: 1 to {most}, as {name} has")
 
 
 class SecondProcess:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdet.certify.layouts import SHARED, UNKNOWN, Layout, NoRows, Rows, layouts
+from jdet.certify.layouts import layouts
 from jdet.certify.program import Program, Step, align, closed, flatten, trace
+from jdet.certify.rows import SHARED, UNKNOWN, Layout, NoRows, Rows
 from jdet.testing.bits import Difference, first_difference, host
 
 
@@ -54,7 +55,7 @@ class Side:
         whole = host(array)
         if isinstance(layout, NoRows):
             return whole
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and isinstance(layout, Rows):
             # The words of a key stand behind the axes of the array of keys.
             return np.take(whole, layout.offset + self.row, axis=layout.axis)
         return layout.take(whole, self.row)
@@ -70,7 +71,7 @@ def compare(a: Side, b: Side, values: tuple[int, int], x: Any, y: Any) -> Compar
     one, other = a.read(values[0], x), b.read(values[1], y)
     if one is None or other is None:
         return UNTOLD
-    if isinstance(a.layouts[values[0]], Rows) != isinstance(b.layouts[values[1]], Rows):
+    if type(a.layouts[values[0]]) is not type(b.layouts[values[1]]):
         return UNTOLD
     if one.shape != other.shape or one.dtype != other.dtype:
         return RECUT

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdet.certify.layouts import SHARED, Rows
 from jdet.certify.program import Step, align
+from jdet.certify.rows import SHARED, Rows
 from jdet.certify.sides import RECUT, SAME, UNTOLD, Side, compare
 from jdet.testing.bits import Difference, host
 

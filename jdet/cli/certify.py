@@ -21,6 +21,9 @@ def certify(
     shape: Annotated[
         str | None, typer.Option(help="A published shape with random weights, in its place.")
     ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a shape, so many; default: all it has.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Time for all of it, loading too.")] = 5.0,
     guarantees: Annotated[
         str | None, typer.Option(help="Such as G1,G4; default: all that apply here.")
@@ -29,7 +32,7 @@ def certify(
     batch: Annotated[
         int | None, typer.Option(help="Requests at once; default: 16 on CPU, 64 elsewhere.")
     ] = None,
-    compositions: Annotated[
+    trials: Annotated[
         int | None, typer.Option(help="Of each guarantee; default: as many as there is time for.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (default) or float32.")] = None,
@@ -61,7 +64,7 @@ def certify(
             raise ValueError("--replay takes seed, batch and guarantees from the report")
         if shape is None and model is None:
             source = known["settings"]["source"]
-            model, shape = source["model"], source["shape"]
+            model, shape, layers = (source.get(k) for k in ("model", "shape", "layers"))
         dtype = dtype or known["subject"]["dtype"]
         implementation = implementation or known["subject"]["implementation"]
     for path in (json_file, html):
@@ -82,10 +85,11 @@ def certify(
         guarantees=None if guarantees is None else guarantees.replace(" ", "").split(","),
         seed=seed,
         batch=batch,
-        compositions=compositions,
+        trials=trials,
         dtype=dtype or "bfloat16",
         implementation=implementation,
         random_weights=shape is not None,
+        layers=layers,
         replay=known,
         other=_report(other, "--other"),
     )

@@ -1,7 +1,9 @@
 """The host's side of the device: plans to arrays, without waiting for a result."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +43,15 @@ class Device:
         self._eos = eos_token_ids
         leaves, tree = jax.tree.flatten(decoder)
         self._decoder = tree, leaves
+        self._decoder_shape = decoder.config.hidden_size, decoder.dtype
         self._height = config.max_batch_size + max(rows for rows, _ in config.chunk_shapes)
         self._programs = programs(ops)
-        self._cache = create_cache(
+        self._sharding = _sharding_of(leaves)
+        cache = create_cache(
             decoder.config, config.num_pages, config.page_size, decoder.dtype, cache_fill
         )
         slots = config.max_batch_size + 1  # the last one is padding's
-        self._last_token = jnp.zeros(slots, jnp.int32)
+        self._cache, self._last_token = self._placed((cache, jnp.zeros(slots, jnp.int32)))
         greedy = SamplingParams(temperature=0, ignore_eos=True)
         self._sampling = self._sampling_rows([greedy] * slots, [0] * slots)
         self._on_device = {name: jnp.array(rows) for name, rows in self._sampling.items()}
@@ -92,23 +96,58 @@ class Device:
 
         It runs steps of padding alone.
         """
-        most = _VARIANTS[-1] if sampling is None else _asks_of([(p, 0) for p in sampling])
-        variants = [
-            asks for asks in _VARIANTS if not any(a > m for a, m in zip(asks, most, strict=True))
-        ]
-        reports = sampling is None or any(p.prompt_logprobs is not None for p in sampling)
         for rows in self.config.decode_sizes:
             ends, _ = self._read(None, self._rows((), rows))
-            padding = Emits(*(_column([], rows, p) for p in (0, self.config.max_batch_size, 0)))
-            for asks in variants:
-                self._choose(ends, padding, asks)
+            for asks in _variants(sampling):
+                self._choose(ends, self._no_emits(rows), asks)
         for shape in self.config.chunk_shapes:
             chunks = self._chunks(Plan((), shape, (), 0))
             for decodes in (None, self._rows((), self.config.max_batch_size)):
                 _, hidden = self._read(chunks, decodes)
-            if reports:
+            if _reports(sampling):
                 self._programs.report(*self._decoder, hidden, np.zeros(shape, np.int32))
         jax.block_until_ready(self._last_token)
+
+    def compile_jobs(self, sampling: Sequence[SamplingParams] | None) -> list[Callable[[], Any]]:
+        """The same programs, compiled and not run: a function for each, for threads."""
+        dim, dtype = self._decoder_shape
+        states = functools.partial(jax.ShapeDtypeStruct, dtype=dtype, sharding=self._sharding)
+        tracing = threading.Lock()
+        jobs: list[Callable[[], Any]] = []
+
+        def add(function: Any, *args: Any, **static: Any) -> None:
+            def compile_() -> None:
+                # Python's part one after another, so that the first reach XLA early.
+                with tracing:
+                    lowered = function.lower(*self._decoder, *args, **static)
+                lowered.compile()
+
+            jobs.append(compile_)
+
+        def add_read(*groups: Any) -> None:
+            state = self._cache, self._last_token
+            add(self._programs.read, *state, *groups, height=self._height)
+
+        for rows in self.config.decode_sizes:
+            add_read(None, self._rows((), rows))
+            for asks in _variants(sampling):
+                state = self._last_token, states((self._height, dim))
+                own = SamplingArrays(**self._on_device), self._no_emits(rows)
+                add(self._programs.choose, *state, *own, asks=asks)
+        for shape in self.config.chunk_shapes:
+            chunks = self._chunks(Plan((), shape, (), 0))
+            for decodes in (None, self._rows((), self.config.max_batch_size)):
+                add_read(chunks, decodes)
+            if _reports(sampling):
+                add(self._programs.report, states((*shape, dim)), np.zeros(shape, np.int32))
+        return jobs
+
+    def _placed(self, tree: Any) -> Any:
+        """Where the weights are, for good, if they are: as what the programs give back.
+
+        jit compiles again for an array that is committed to a device and was not before.
+        """
+        return tree if self._sharding is None else jax.device_put(tree, self._sharding)
 
     def _read(
         self, chunks: Chunks | None, decodes: Rows | None
@@ -166,6 +205,10 @@ class Device:
             count=_column([c.count for _, c in plan.emits], rows),
         )
 
+    def _no_emits(self, rows: int) -> Emits:
+        """Padding alone."""
+        return Emits(*(_column([], rows, p) for p in (0, self.config.max_batch_size, 0)))
+
     def _slot(self, request: Request) -> int:
         """The request's slot, its rows there brought up to date."""
         slot = request.slot
@@ -217,6 +260,32 @@ def _asks_of(rows: Sequence[tuple[SamplingParams, int]]) -> Asks:
         truncation=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in hot),
         adjustment=any(n < p.min_tokens or p.logit_bias or p.logprobs for p, n in rows),
     )
+
+
+def _sharding_of(leaves: Sequence[jax.Array]) -> jax.sharding.Sharding | None:
+    """The one device that all are committed to; None where there is no such one."""
+    shardings = {leaf.sharding for leaf in leaves if leaf.committed}
+    alike = len(shardings) == 1 and all(leaf.committed for leaf in leaves)
+    [sharding] = shardings if alike else [None]
+    return sharding if sharding is not None and sharding.num_devices == 1 else None
+
+
+def _variants(sampling: Sequence[SamplingParams] | None) -> list[Asks]:
+    """What any of these requests may ask for together; None: everything."""
+    if sampling is None:
+        return _VARIANTS
+    # Of its first token, which `min_tokens` adjusts, and of its last.
+    rows = [(p, n) for p in sampling for n in (0, p.max_tokens)]
+    found = {_asks_of([row]) for row in rows}
+    while True:
+        both = {Asks(*map(max, a, b)) for a in found for b in found}
+        if both == found:
+            return [asks for asks in _VARIANTS if asks in found]
+        found = both
+
+
+def _reports(sampling: Sequence[SamplingParams] | None) -> bool:
+    return sampling is None or any(p.prompt_logprobs is not None for p in sampling)
 
 
 def _column(values: list[int], rows: int, padding: int = 0) -> NDArray[np.int32]:

@@ -12,7 +12,9 @@ Schedules:
   it packs only above some M, and the bits change there; where depends on K (float32: at
   M = 33 for K = 576, at M = 4 for K = 1024 and 1536). Measured for M in 1..256, float32 and
   bfloat16: scripts/bench/results/cpu-dot-classes.json.) One row alone would be a
-  matrix-vector product in another order, so few rows are padded to `MIN_ROWS`.
+  matrix-vector product in another order, and one or two rows of bfloat16 are too where they are
+  what is left of M behind blocks of 64 (on CPUs with AMX, for some N), so rows are padded to a
+  multiple of `MIN_ROWS`.
 - `tiled` (any other backend): the rows are cut into tiles of `ROW_TILE`, the last one
   padded with zeros, and `lax.map` runs one dot of one fixed shape over them: no library can
   see M.
@@ -43,11 +45,9 @@ def dot_rows(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "
 
 
 def dot_whole(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "M N"]:
-    """The `whole` schedule: one dot, at least `MIN_ROWS` rows."""
+    """The `whole` schedule: one dot, over a multiple of `MIN_ROWS` rows."""
     m = x.shape[0]
-    if m < MIN_ROWS:
-        x = jnp.pad(x, ((0, MIN_ROWS - m), (0, 0)))
-    return dot_rows(x, w)[:m]
+    return dot_rows(jnp.pad(x, ((0, -m % MIN_ROWS), (0, 0))), w)[:m]
 
 
 def dot_tiled(

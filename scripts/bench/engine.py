@@ -120,6 +120,7 @@ def main() -> int:
     parser.add_argument("--load", nargs="+", default=["16-128:16-64"], help="prompts:outputs")
     parser.add_argument("--tokens-per-step", type=int, default=512)
     parser.add_argument("--chunk-sizes", type=int, nargs="*")
+    parser.add_argument("--decode-rows", type=int, nargs="*", help="fewer programs to compile")
     parser.add_argument("--num-pages", type=int)
     parser.add_argument("--one-at-a-time", type=int, default=8, help="requests of that run; 0: no")
     parser.add_argument(
@@ -140,6 +141,12 @@ def main() -> int:
         model = jdet.load(args.model, dtype=args.dtype)
     loads = {name: draw(model, args.requests, name) for name in args.load}
     longest = max(len(p) + n for load in loads.values() for p, n in load)
+    paged = args.concurrent * -(-longest // EngineConfig.page_size)
+    if args.xla == "cudnn" and (args.num_pages, args.decode_rows) != (paged, [args.concurrent]):
+        parser.error(
+            "cuDNN reads pages where there are as many as the rows have room for, and gathers them "
+            f"elsewhere: give --num-pages {paged} --decode-rows {args.concurrent}"
+        )
     weights = sum(x.nbytes for x in jax.tree.leaves(model.decoder))
     if not model.config.tie_word_embeddings:
         weights -= model.decoder.embedding[...].nbytes
@@ -161,6 +168,7 @@ def main() -> int:
                 max_model_len=longest,
                 num_pages=args.num_pages,
                 chunk_sizes=tuple(args.chunk_sizes) if args.chunk_sizes else None,
+                decode_rows=tuple(args.decode_rows) if args.decode_rows else None,
                 prefix_caching=False,
             ),
         )

@@ -116,14 +116,45 @@ def test_rows_are_followed_through_merges_padding_and_cuts() -> None:
     assert found.skipped == () and found.unread == ()
 
 
+def tiles_of(x: jax.Array) -> jax.Array:
+    """Four rows to a tile, the last one padded: the rows stand on two axes."""
+    return jnp.pad(x, ((0, -len(x) % 4), (0, 0))).reshape(-1, 4, WIDTH)
+
+
+def tile_maximum(x: jax.Array, w: jax.Array) -> jax.Array:
+    tiles = tiles_of(x + 1)
+    return (tiles * jnp.max(tiles, (1, 2), keepdims=True)).reshape(-1, WIDTH)[: len(x)]
+
+
+def tile_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    tiles = tiles_of(x)
+    # Through a product over tiles, with which nothing is wrong, and axes that change places.
+    same = (tiles.transpose(2, 0, 1) * 2 / 2).transpose(1, 2, 0)
+    return jnp.tanh(same.reshape(-1, WIDTH)[: len(x)]) @ w
+
+
+@pytest.mark.parametrize("rows", [4, 7, 8])
+@pytest.mark.parametrize(
+    ("fn", "kind", "primitive"),
+    [(tile_maximum, "mixing", "reduce_max"), (tile_product, "operation", "dot_general")],
+)
+def test_rows_on_two_axes_are_followed(
+    fn: Callable[..., Any], kind: str, primitive: str, rows: int
+) -> None:
+    found = between(fn, BATCH[:rows])
+    assert (found.kind, found.primitive) == (kind, primitive), str(found)
+    assert found.unread == () and found.skipped == ()
+    assert kind != "mixing" or found.reaches.startswith("mul at ")
+
+
 def test_rows_that_cannot_be_followed_are_reported() -> None:
     def tiled(x: jax.Array, w: jax.Array) -> jax.Array:
-        tiles = jnp.pad(x, ((0, -len(x) % 4), (0, 0))).reshape(-1, 4, WIDTH)
-        return (tiles * jnp.max(tiles, (1, 2), keepdims=True)).reshape(-1, WIDTH)[: len(x)]
+        tiles = jax.lax.map(lambda tile: tile * jnp.max(tile), tiles_of(x))
+        return (tiles + 1).reshape(-1, WIDTH)[: len(x)]
 
     found = between(tiled)
     assert found.kind == "between", str(found)
-    assert any(s.startswith("reduce_max at ") for s in found.unread), found.unread
+    assert any(s.startswith("scan at ") for s in found.unread), found.unread
     assert set(found.unread) <= set(found.skipped)
 
 

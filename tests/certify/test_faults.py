@@ -221,8 +221,8 @@ FAULTS = (
         padding_in_group,
         lambda x: x / jnp.max(jnp.abs(x), -1, keepdims=True),
         (X,),
-        "between",
-        "",
+        "mixing",
+        "reduce_max",
     ),
     Fault(
         "scatter-add combine in the order of the load",

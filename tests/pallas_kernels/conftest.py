@@ -233,6 +233,18 @@ def assert_rows_alike(assert_same_bits):
     return check
 
 
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Programs of this file compile without most of LLVM's passes, in two thirds of the time.
+
+    For files of simulated kernels, which test the kernels and no code of a CPU, and whose programs
+    no other file runs.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def simulated_tpu():
     """simulated_tpu(f, *args, seed=0): f in Pallas' simulator of a TPU, which must find no race.

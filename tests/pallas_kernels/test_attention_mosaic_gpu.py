@@ -16,6 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jdet.pallas_kernels.attention import mosaic_gpu, reference
 from jdet.pallas_kernels.attention.mosaic_gpu import Schedule
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 simulated = functools.partial(mosaic_gpu.attention, interpret=plgpu.InterpretGPUParams())
 expected = jax.jit(
     reference.attention, static_argnames=("scale", "kv_split", "sliding_window", "soft_cap")
@@ -111,6 +113,15 @@ def test_head_size_128_and_two_tiles_in_a_split(case, assert_same_bits):
 MIXED = [[319], [-1], [0], [-1], [200], [64], [-1]]
 
 
+@pytest.fixture(scope="module")
+def mixed(case):
+    """MIXED's inputs, and what the walked schedule makes of them."""
+    inputs = case(SMOL, MIXED, cache=320)
+    walked = attend(inputs, KINDS["walked"])
+    assert_right(walked, inputs)
+    return inputs, walked
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -120,11 +131,9 @@ MIXED = [[319], [-1], [0], [-1], [200], [64], [-1]]
     ],
     ids=lambda s: f"{s.blocks}x{s.fetch}",
 )
-def test_shares_of_a_spread_grid(case, assert_same_bits, schedule):
+def test_shares_of_a_spread_grid(mixed, assert_same_bits, schedule):
     """Blocks that fold all, some and none of what they compute; groups of 3 heads."""
-    inputs = case(SMOL, MIXED, cache=320)
-    walked = attend(inputs, KINDS["walked"])
-    assert_right(walked, inputs)
+    inputs, walked = mixed
     assert_same_bits(attend(inputs, schedule), walked)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from jdet.pallas_kernels.attention.mosaic_tpu import Schedule, attention
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HEADS = (4, 2, 64)
 LENGTH, SLOTS, SPLIT = 150, 192, 64
 OPTIONS = {"plain": {}, "window, cap": {"sliding_window": 70, "soft_cap": 5.0}}

@@ -14,8 +14,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jdet.pallas_kernels.gated_matmul import mosaic_gpu
 from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule, default_schedule, matmul, schedules
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 simulator = plgpu.InterpretGPUParams()
-simulated = functools.partial(mosaic_gpu.gated_matmul, interpret=simulator)
+
+
+def call(x, w, **options):
+    """Of numpy arrays, as everywhere here: each operation on one of jax's compiles a program."""
+    return np.asarray(mosaic_gpu.gated_matmul(jnp.asarray(x), jnp.asarray(w), **options))
+
+
+simulated = functools.partial(call, interpret=simulator)
 
 NORMAL = Schedule("normal", 64, 64, stages=3, gated=True)
 KINDS = {
@@ -34,10 +43,10 @@ kinds = pytest.mark.parametrize("schedule", KINDS.values(), ids=KINDS)
 
 @pytest.fixture(scope="module")
 def operands(normal):
-    """operands(m, f, k, dtype): x and w as jax arrays."""
+    """operands(m, f, k, dtype): x and w."""
 
     def draw(m, f, k, dtype=jnp.bfloat16):
-        return tuple(jnp.asarray(normal(i, s, dtype)) for i, s in enumerate(((m, k), (2 * f, k))))
+        return tuple(normal(i, s, dtype) for i, s in enumerate(((m, k), (2 * f, k))))
 
     return draw
 
@@ -46,8 +55,9 @@ def operands(normal):
 def composed(operands):
     """x, w, and the gate of what the plain matmul makes of them: a tail of 8 in K."""
     x, w = operands(9, 72, 136)
-    products = matmul(x, w, schedule=Schedule("normal", 64, 48, stages=3), interpret=simulator)
-    gate, up = jnp.split(products, 2, axis=1)
+    plain = Schedule("normal", 64, 48, stages=3)
+    products = matmul(jnp.asarray(x), jnp.asarray(w), schedule=plain, interpret=simulator)
+    gate, up = map(jnp.asarray, np.split(np.asarray(products), 2, axis=1))
     return x, w, mosaic_gpu.silu_mul(gate, up, None, True)
 
 
@@ -63,10 +73,12 @@ def test_rows_of_w_meet_their_own_halves(operands, assert_same_bits, schedule):
     """Ruined rows of w ruin their columns and no other; the first of up follows on the gate."""
     f, ruined = 72, np.array([0, 33, 71])
     x, w = operands(3, f, 64)
-    clean = np.asarray(simulated(x, w, schedule=schedule))
+    clean = simulated(x, w, schedule=schedule)
     keep = np.setdiff1d(np.arange(f), ruined)
     for half in (0, f):
-        dirty = np.asarray(simulated(x, w.at[half + ruined].set(jnp.nan), schedule=schedule))
+        poisoned = w.copy()
+        poisoned[half + ruined] = np.nan
+        dirty = simulated(x, poisoned, schedule=schedule)
         assert np.isnan(dirty[:, ruined].astype(np.float32)).all()
         assert_same_bits(dirty[:, keep], clean[:, keep])
 
@@ -79,20 +91,20 @@ def test_row_does_not_follow_the_batch(operands, assert_same_bits):
 
 
 def test_float16_and_width_of_no_multiple_of_eight(operands):
-    x, w = operands(5, 37, 64, jnp.float16)
+    x, w = operands(5, 37, 64, np.float16)
     y = simulated(x, w)
-    assert y.shape == (5, 37) and y.dtype == jnp.float16
-    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2, axis=1)
+    assert y.shape == (5, 37) and y.dtype == np.float16
+    gate, up = np.split(x.astype(np.float64) @ w.astype(np.float64).T, 2, axis=1)
     want = gate / (1 + np.exp(-gate)) * up
-    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=2e-2, atol=1e-3)
 
 
 def test_gelu(operands):
-    x, w = operands(5, 24, 64, jnp.float16)
+    x, w = operands(5, 24, 64, np.float16)
     y = simulated(x, w, activation="gelu_tanh")
-    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2, axis=1)
+    gate, up = np.split(x.astype(np.float64) @ w.astype(np.float64).T, 2, axis=1)
     want = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
-    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=2e-2, atol=1e-3)
 
 
 def test_constants_of_the_formula():
@@ -103,8 +115,8 @@ def test_constants_of_the_formula():
 
 
 def test_nothing_to_do():
-    empty = jnp.zeros((0, 64), jnp.bfloat16)
-    assert mosaic_gpu.gated_matmul(empty, jnp.ones((8, 64), jnp.bfloat16)).shape == (0, 4)
+    empty = np.zeros((0, 64), jnp.bfloat16)
+    assert call(empty, np.ones((8, 64), jnp.bfloat16)).shape == (0, 4)
 
 
 def test_default_is_registered():
@@ -117,7 +129,7 @@ def test_default_is_registered():
 def test_plain_schedules_are_not_gated_ones():
     every = [schedules(1, 8, 64, jnp.bfloat16, out_size=2, gated=gated) for gated in (False, True)]
     assert [{s.gated for s in some} for some in every] == [{False}, {True}]
-    half = jnp.ones((8, 64), jnp.bfloat16)
+    half = jnp.asarray(np.ones((8, 64), jnp.bfloat16))
     with pytest.raises(ValueError, match="no gated schedule"):
         mosaic_gpu.gated_matmul(half, half, schedule=every[0][0])
     with pytest.raises(ValueError, match="a schedule of matmul_gated"):
@@ -149,4 +161,4 @@ def test_halves_that_would_not_meet_are_refused(fields):
 )
 def test_what_it_cannot_do_is_said(x, w, error, message):
     with pytest.raises(error, match=message):
-        mosaic_gpu.gated_matmul(jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16))
+        call(np.ones(x, jnp.bfloat16), np.ones(w, jnp.bfloat16))

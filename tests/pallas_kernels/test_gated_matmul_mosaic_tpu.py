@@ -9,6 +9,8 @@ import pytest
 from jdet.pallas_kernels.gated_matmul import ACTIVATIONS, mosaic_tpu, reference
 from jdet.pallas_kernels.gated_matmul.mosaic_tpu import Schedule
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 DTYPES = ("bfloat16", "float32")
 
 

@@ -7,6 +7,7 @@ bfloat16, the bits that the simulated `matmul` gives it by the same tile.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import GroupedSchedule, defau
 from jdet.pallas_kernels.matmul import mosaic_gpu as dense
 from jdet.pallas_kernels.matmul.mosaic_gpu import Schedule
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 simulator = plgpu.InterpretGPUParams()
-simulated = functools.partial(mosaic_gpu.grouped_matmul, interpret=simulator)
+planned = jax.jit(plan, static_argnums=(1, 2))
 
 EXPERTS, ROWS, N, K = 4, 29, 40, 72  # tails of 8 in K and in N
 TILE = Schedule("normal", 64, 32, stages=3)
@@ -32,15 +35,25 @@ GROUPS = {
 groups = pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 
 
+def call(x, w, sizes, op=mosaic_gpu.grouped_matmul, **options):
+    """Of numpy arrays, as everywhere here: each operation on one of jax's compiles a program."""
+    x, w, sizes = (jnp.asarray(a) for a in (x, w, np.array(sizes, np.int32)))
+    return np.asarray(op(x, w, sizes, **options))
+
+
+simulated = functools.partial(call, interpret=simulator)
+
+
+def one(f, x, w, **options):
+    """[E, M, N]: x through f, simulated, with each expert's weights."""
+    results = [f(jnp.asarray(x), jnp.asarray(e), interpret=simulator, **options) for e in w]
+    return np.stack([np.asarray(y) for y in results])
+
+
 @pytest.fixture(scope="module")
 def operands(normal):
     """x and every expert's weights, bfloat16."""
-    x, w = normal(0, (ROWS, K), jnp.bfloat16), normal(1, (EXPERTS, N, K), jnp.bfloat16)
-    return jnp.asarray(x), jnp.asarray(w)
-
-
-def sizes_of(sizes):
-    return jnp.array(sizes, jnp.int32)
+    return normal(0, (ROWS, K), jnp.bfloat16), normal(1, (EXPERTS, N, K), jnp.bfloat16)
 
 
 def pick(every, sizes):
@@ -54,16 +67,14 @@ def pick(every, sizes):
 @pytest.fixture(scope="module")
 def products(operands):
     """[E, ROWS, N]: the simulated matmul with each expert."""
-    x, w = operands
-    one = functools.partial(dense.matmul, schedule=TILE, interpret=simulator)
-    return np.stack([np.asarray(one(x, w[e])) for e in range(EXPERTS)])
+    return one(dense.matmul, *operands, schedule=TILE)
 
 
 @groups
 def test_row_has_the_bits_of_its_product_alone(operands, products, assert_same_bits, sizes):
     """Tiles of 8 rows: groups of one tile, of more, and begun at any row."""
     x, w = operands
-    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TILE, 8))
+    y = simulated(x, w, sizes, schedule=GroupedSchedule(TILE, 8))
     assert_same_bits(y, pick(products, sizes))
 
 
@@ -71,7 +82,7 @@ def test_height_and_consumers_are_schedule(operands, products, assert_same_bits)
     """Also of no group at all: every row is zeros."""
     x, w = operands
     for sizes in (GROUPS["a tail, one empty"], (0, 0, 0, 0)):
-        y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TALL, 128))
+        y = simulated(x, w, sizes, schedule=GroupedSchedule(TALL, 128))
         assert_same_bits(y, pick(products, sizes))
 
 
@@ -80,9 +91,9 @@ def test_leaves_and_float32_results(operands):
     x, w = operands
     x, w, sizes = x[:, :64], w[..., :64], (12, 0, 3, 14)
     options = {"leaves": 2, "out_dtype": jnp.float32}
-    y = simulated(x, w, sizes_of(sizes), schedule=GroupedSchedule(TILE, 16), **options)
-    every = np.einsum("rk,enk->ern", np.asarray(x, np.float64), np.asarray(w, np.float64))
-    assert y.dtype == jnp.float32
+    y = simulated(x, w, sizes, schedule=GroupedSchedule(TILE, 16), **options)
+    every = np.einsum("rk,enk->ern", x.astype(np.float64), w.astype(np.float64))
+    assert y.dtype == np.float32
     np.testing.assert_allclose(y, pick(every, sizes), atol=1e-4)
 
 
@@ -90,27 +101,21 @@ def test_gated(operands, assert_same_bits):
     x, w = operands
     tile, sizes = Schedule("normal", 64, 64, stages=3, gated=True), GROUPS["a tail, one empty"]
     schedule = GroupedSchedule(tile, 16)
-    y = grouped_gated_matmul(x, w, sizes_of(sizes), schedule=schedule, interpret=simulator)
-    one = functools.partial(gated.gated_matmul, schedule=tile, interpret=simulator)
-    every = np.stack([np.asarray(one(x, w[e])) for e in range(EXPERTS)])
-    assert_same_bits(y, pick(every, sizes))
+    y = simulated(x, w, sizes, grouped_gated_matmul, schedule=schedule)
+    assert_same_bits(y, pick(one(gated.gated_matmul, x, w, schedule=tile), sizes))
 
 
 def test_nan_keeps_to_its_row(operands, products, assert_same_bits):
     """In the same tile, in rows of no group, in experts nobody was routed to."""
-    x, w = operands
+    x, w = (a.copy() for a in operands)
     sizes, ruined = GROUPS["a tail, one empty"], np.array([0, 8, 12, *range(24, ROWS)])
-    y = simulated(
-        x.at[ruined].set(jnp.nan),
-        w.at[1].set(jnp.nan),
-        sizes_of(sizes),
-        schedule=GroupedSchedule(TILE, 8),
-    )
+    x[ruined] = w[1] = np.nan
+    y = simulated(x, w, sizes, schedule=GroupedSchedule(TILE, 8))
     want = pick(products, sizes)
     want[ruined[:3]] = np.nan
-    assert np.isnan(np.asarray(y, np.float32)[ruined[:3]]).all()
+    assert np.isnan(y[ruined[:3]].astype(np.float32)).all()
     keep = np.setdiff1d(np.arange(ROWS), ruined[:3])
-    assert_same_bits(np.asarray(y)[keep], want[keep])
+    assert_same_bits(y[keep], want[keep])
 
 
 @pytest.mark.parametrize("height", [8, 64])
@@ -119,7 +124,8 @@ def test_plan_covers_each_row_once(rows, height):
     rng = np.random.default_rng(rows)
     cases = [rng.multinomial(n, np.ones(5) / 5) for n in (0, rows // 2, rows)]
     for sizes in (*cases, np.array([0, 0, rows, 0, 0])):
-        (real, every, _), *tiles = np.asarray(plan(sizes_of(sizes), rows, height)).tolist()
+        tiles = planned(sizes.astype(np.int32), rows, height)
+        (real, every, _), *tiles = np.asarray(tiles).tolist()
         assert real <= every <= len(tiles)
         owner = np.full(rows, -1)
         for at, (first, count, expert) in enumerate(tiles[:every]):
@@ -153,10 +159,8 @@ def test_copies_of_any_number_of_rows_are_aligned(with_gate, out_size):
 
 
 def test_nothing_to_do():
-    y = mosaic_gpu.grouped_matmul(
-        jnp.zeros((0, 64), jnp.bfloat16), jnp.ones((2, 8, 64), jnp.bfloat16), sizes_of((0, 0))
-    )
-    assert y.shape == (0, 8)
+    x, w = np.zeros((0, 64), jnp.bfloat16), np.ones((2, 8, 64), jnp.bfloat16)
+    assert call(x, w, (0, 0)).shape == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +189,10 @@ def test_impossible_schedules_are_refused(tile, height, message):
     ],
 )
 def test_what_it_cannot_do_is_said(x, w, sizes, options, error, message):
-    x, w = jnp.ones(x, jnp.bfloat16), jnp.ones(w, jnp.bfloat16)
+    x, w = np.ones(x, jnp.bfloat16), np.ones(w, jnp.bfloat16)
     with pytest.raises(error, match=message):
-        mosaic_gpu.grouped_matmul(x, w, jnp.zeros(sizes, jnp.int32), **options)
+        call(x, w, [0] * sizes, **options)
     plain = GroupedSchedule(TILE, 8)
     with pytest.raises(ValueError, match="no gated schedule"):
-        half, sizes = jnp.ones((2, 64), jnp.bfloat16), jnp.zeros(3, jnp.int32)
-        grouped_gated_matmul(half, jnp.ones((3, 8, 64), jnp.bfloat16), sizes, schedule=plain)
+        x, w = np.ones((2, 64), jnp.bfloat16), np.ones((3, 8, 64), jnp.bfloat16)
+        call(x, w, [0] * 3, grouped_gated_matmul, schedule=plain)

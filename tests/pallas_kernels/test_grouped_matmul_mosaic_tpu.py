@@ -12,6 +12,8 @@ from jdet.pallas_kernels.grouped_matmul import mosaic_tpu
 from jdet.pallas_kernels.grouped_matmul.mosaic_tpu import Schedule, plan
 from jdet.pallas_kernels.matmul.mosaic_tpu import matmul
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ROWS, EXPERTS = 70, 5
 SIZES = (
     (10, 0, 25, 30, 0),  # unused experts, rows after the last group

@@ -7,6 +7,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdet.pallas_kernels.log_normalizer import LogNormalizer, mosaic_gpu
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def log_normalizer(x: np.ndarray) -> LogNormalizer:
     return mosaic_gpu.log_normalizer(jnp.asarray(x), interpret=plgpu.InterpretGPUParams())

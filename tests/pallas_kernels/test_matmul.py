@@ -105,6 +105,16 @@ def test_schedules_agree(shape, dtype, operands, assert_same_bits):
             assert_same_bits(tiled(x[:m], w, tile=tile), whole(x[:m], w), message)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="`whole` is a schedule for CPUs")
+def test_last_rows_behind_a_block(dtype, operands, assert_same_bits):
+    """With AMX the one or two bfloat16 rows behind a block of 64 had bits of their own."""
+    x, w, _ = operands(SHAPES["qkv"], dtype)
+    x, w = x[:130], w[:256]
+    whole, tiled = jit(portable.dot_whole), jit(portable.dot_tiled)(x, w)
+    for m in (63, 64, 65, 66, 67, 129, 130):
+        assert_same_bits(whole(x[:m], w), np.asarray(tiled)[:m], f"M={m}")
+
+
 def test_negative_control(op, dtype, rows, operands, bits):
     """Plain XLA fails the comparison: on CPU a single row is summed in another order.
 

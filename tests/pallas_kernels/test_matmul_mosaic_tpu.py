@@ -16,6 +16,8 @@ from jdet.pallas_kernels import tpu
 from jdet.pallas_kernels.matmul import mosaic_tpu, reference
 from jdet.pallas_kernels.matmul.mosaic_tpu import Schedule, block_of, k_block
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 interpreted = functools.partial(mosaic_tpu.matmul, interpret=True)
 # (dtype, K, leaves): one block; a ragged last one; leaves inside a block; leaves of whole blocks.
 CUTS = (("float32", 576, 1), ("float32", 2120, 1), ("bfloat16", 576, 8), ("bfloat16", 2560, 2))

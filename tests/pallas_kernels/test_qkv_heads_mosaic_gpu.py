@@ -10,46 +10,52 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdet.pallas_kernels.qkv_heads import mosaic_gpu, reference
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 EPS = 1e-5
+expected = jax.jit(reference.qkv_heads, static_argnames="eps")
 # Windows: of 16 heads; of 8 that overlap; of 2 and 1; four threads' worth of one head; long ones.
 SIZES = ((17, 8, 64), (9, 3, 64), (3, 1, 128), (2, 2, 96), (4, 1, 256))
 
 
 def arguments(size: tuple[int, int, int], positions: Any, *, norms: bool) -> dict[str, Any]:
+    """Numpy arrays here and from `run`: each operation on one of jax's compiles a program."""
     heads, kv_heads, dim = size
     at = np.asarray(positions, np.int32)
     rng = np.random.default_rng(heads)
 
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(jnp.bfloat16)
 
     angle = np.maximum(at, 0)[..., None] * 1e4 ** (-np.arange(0, dim, 2) / dim)
     qkv = draw(*at.shape, (heads + 2 * kv_heads) * dim)
+    qkv[at < 0] = np.nan
     return {
-        "qkv": jnp.where(at[..., None] < 0, jnp.bfloat16(jnp.nan), qkv),
+        "qkv": qkv,
         "q_norm": draw(dim) if norms else None,
         "k_norm": draw(dim) if norms else None,
-        "cos": jnp.asarray(np.cos(angle), jnp.float32),
-        "sin": jnp.asarray(np.sin(angle), jnp.float32),
-        "positions": jnp.asarray(at),
+        "cos": np.cos(angle).astype(np.float32),
+        "sin": np.sin(angle).astype(np.float32),
+        "positions": at,
     }
 
 
-def caches(size: tuple[int, int, int], pages: int, length: int) -> tuple[jax.Array, jax.Array]:
+def caches(size: tuple[int, int, int], pages: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     shape = (2, pages, size[1], length, size[2])
-    k, v = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.bfloat16)
+    k, v = np.random.default_rng(1).standard_normal(shape).astype(jnp.bfloat16)
     return k, v
 
 
-def run(args: dict[str, Any], cache: tuple[jax.Array, jax.Array], **more: Any) -> list[np.ndarray]:
-    out = mosaic_gpu.qkv_heads(
-        **args,
-        k_cache=cache[0],
-        v_cache=cache[1],
-        eps=EPS,
-        interpret=plgpu.InterpretGPUParams(),
-        **more,
-    )
+def run(
+    args: dict[str, Any],
+    cache: tuple[np.ndarray, np.ndarray],
+    *,
+    schedule: mosaic_gpu.Schedule | None = None,
+    **more: Any,
+) -> list[np.ndarray]:
+    arrays = jax.tree.map(jnp.asarray, {**args, "k_cache": cache[0], "v_cache": cache[1], **more})
+    interpret = plgpu.InterpretGPUParams()
+    out = mosaic_gpu.qkv_heads(**arrays, eps=EPS, schedule=schedule, interpret=interpret)
     return [np.asarray(x).view(np.uint16) for x in out]
 
 
@@ -65,7 +71,7 @@ def test_it_is_the_reference(size: tuple[int, int, int], schedule: mosaic_gpu.Sc
     args = arguments(size, [[0, 1], [3, -1]], norms=size != SIZES[1])
     cache = caches(size, 2, 4)
     q, k, v = run(args, cache, schedule=schedule)
-    wanted = reference.qkv_heads(**args, k_cache=cache[0], v_cache=cache[1], eps=EPS)
+    wanted = expected(**args, k_cache=cache[0], v_cache=cache[1], eps=EPS)
     assert_close(q[args["positions"] >= 0], np.asarray(wanted[0])[args["positions"] >= 0])
     assert_close(k, wanted[1])
     assert (v == np.asarray(wanted[2]).view(np.uint16)).all()
@@ -107,7 +113,7 @@ def test_what_has_no_slot_is_not_written(schedule: mosaic_gpu.Schedule) -> None:
 def test_pages(schedule: mosaic_gpu.Schedule) -> None:
     size = (3, 1, 64)
     args = arguments(size, [[3, 4], [7, 8], [-1, -1], [4, 5]], norms=True)
-    table = jnp.array([[5, 2], [0, 1], [3, 3], [3, -1]], jnp.int32)
+    table = np.array([[5, 2], [0, 1], [3, 3], [3, -1]], np.int32)
     pages, rows = caches(size, 6, 4), caches(size, 4, 8)
     q, k, v = run(args, pages, page_table=table, schedule=schedule)
     held = run(args, rows, schedule=schedule)
@@ -129,16 +135,16 @@ def test_float32_norms_beside_bfloat16() -> None:
     def heads(change: Any) -> list[np.ndarray]:
         return run({**args, **{name: change(args[name]) for name in norms}}, cache)
 
-    def offset(weight: jax.Array) -> jax.Array:
-        return 1 + weight.astype(jnp.float32)
+    def offset(weight: np.ndarray) -> np.ndarray:
+        return 1 + weight.astype(np.float32)
 
-    narrow, widened = heads(lambda w: w), heads(lambda w: w.astype(jnp.float32))
+    narrow, widened = heads(lambda w: w), heads(lambda w: w.astype(np.float32))
     wide, rounded = heads(offset), heads(lambda w: offset(w).astype(jnp.bfloat16))
     for one, other in zip(narrow, widened, strict=True):
         assert (one == other).all()
     assert (wide[0] != rounded[0]).any() and (wide[1] != rounded[1]).any()
     given = {**args, **{name: offset(args[name]) for name in norms}}
-    wanted = reference.qkv_heads(**given, k_cache=cache[0], v_cache=cache[1], eps=EPS)
+    wanted = expected(**given, k_cache=cache[0], v_cache=cache[1], eps=EPS)
     for got, want in zip(wide, wanted, strict=True):
         assert_close(got, want)
 
@@ -147,8 +153,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     args = arguments((3, 1, 64), [[0]], norms=True)
     k, v = caches((3, 1, 64), 1, 4)
     with pytest.raises(NotImplementedError, match="norms in bfloat16, float16"):
-        run({**args, "q_norm": args["q_norm"].astype(jnp.float16)}, (k, v))
+        run({**args, "q_norm": args["q_norm"].astype(np.float16)}, (k, v))
     with pytest.raises(NotImplementedError, match="got bfloat16, float32, norms in bfloat16"):
-        run(args, (k, v.astype(jnp.float32)))
+        run(args, (k, v.astype(np.float32)))
     with pytest.raises(NotImplementedError, match="multiples of 16 up to 256, got 24"):
         run(arguments((3, 1, 24), [[0]], norms=False), caches((3, 1, 24), 1, 4))

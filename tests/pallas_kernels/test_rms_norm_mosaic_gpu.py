@@ -1,5 +1,7 @@
 """RMSNorm for Hopper in Mosaic GPU's interpreter: logic on a CPU, not the hardware's bits."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,13 +14,30 @@ from jdet.pallas_kernels.rms_norm.mosaic_gpu import (
     shape_of,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 EPS = 1e-5
 
 
-def inputs(rows: int, dim: int) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
+def inputs(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numpy arrays here and from `simulated`: each operation on one of jax's compiles a program."""
     rng = np.random.default_rng(dim)
-    x, residual = (jnp.asarray(rng.standard_normal((rows, dim)), jnp.bfloat16) for _ in "ab")
-    return x, residual, jnp.asarray(rng.standard_normal(dim), jnp.bfloat16)
+    x, residual = (rng.standard_normal((rows, dim)).astype(jnp.bfloat16) for _ in "ab")
+    return x, residual, rng.standard_normal(dim).astype(jnp.bfloat16)
+
+
+def simulated(
+    x: np.ndarray, weight: np.ndarray, residual: np.ndarray | None = None, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    y, s = rms_norm(
+        jnp.asarray(x),
+        jnp.asarray(weight),
+        eps=EPS,
+        residual=None if residual is None else jnp.asarray(residual),
+        interpret=plgpu.InterpretGPUParams(),
+        **options,
+    )
+    return np.asarray(y), np.asarray(s)
 
 
 # One warp's lanes, several rows a warp, a warp a row, elements one by one, zeros at the end.
@@ -27,56 +46,45 @@ def inputs(rows: int, dim: int) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
 def test_it_is_the_norm_of_the_sum(dim: int, with_residual: bool) -> None:
     x, residual, weight = inputs(17, dim)
     other = residual if with_residual else None
-    y, s = rms_norm(x, weight, eps=EPS, residual=other, interpret=plgpu.InterpretGPUParams())
-    wide = np.asarray(x, np.float32) + (np.asarray(residual, np.float32) if with_residual else 0)
-    wide = np.asarray(jnp.asarray(wide).astype(jnp.bfloat16), np.float64)
-    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
-    assert (np.asarray(s, np.float64) == wide).all()
+    y, s = simulated(x, weight, other)
+    wide = x.astype(np.float32) + (residual.astype(np.float32) if with_residual else 0)
+    wide = wide.astype(jnp.bfloat16).astype(np.float64)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * weight.astype(np.float64)
+    assert (s.astype(np.float64) == wide).all()
     # One rounding to bfloat16: half of 2**-8, relative.
-    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(y.astype(np.float64), exact, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [64, 576])
 def test_every_schedule_reaches_every_row(dim: int) -> None:
     """Rows beyond a whole number of blocks included; the last blocks overlap."""
     x, residual, weight = inputs(75, dim)
-    results = [
-        rms_norm(
-            x,
-            weight,
-            eps=EPS,
-            residual=residual,
-            schedule=s,
-            interpret=plgpu.InterpretGPUParams(),
-        )
-        for s in schedules(75, dim)
-    ]
+    results = [simulated(x, weight, residual, schedule=s) for s in schedules(75, dim)]
     assert len(results) > 1
     for y, s in results[1:]:
-        assert np.asarray(y).tobytes() == np.asarray(results[0][0]).tobytes()
-        assert np.asarray(s).tobytes() == np.asarray(results[0][1]).tobytes()
+        assert y.tobytes() == results[0][0].tobytes()
+        assert s.tobytes() == results[0][1].tobytes()
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
     x, residual, weight = inputs(4, 200)
-    poisoned = x.at[jnp.array([0, 2])].set(jnp.nan)
-    interpret = plgpu.InterpretGPUParams()
-    alone, _ = rms_norm(x[1:2], weight, eps=EPS, residual=residual[1:2], interpret=interpret)
-    crowd, _ = rms_norm(poisoned, weight, eps=EPS, residual=residual, interpret=interpret)
-    assert np.asarray(alone[0]).tobytes() == np.asarray(crowd[1]).tobytes()
+    alone, _ = simulated(x[1:2], weight, residual[1:2])
+    x[[0, 2]] = np.nan
+    crowd, _ = simulated(x, weight, residual)
+    assert alone[0].tobytes() == crowd[1].tobytes()
 
 
 @pytest.mark.parametrize("dim", [200, 640])
 def test_float32_weights_beside_bfloat16(dim: int) -> None:
     """Gemma's 1 + w: the product is that of float32, rounded once."""
     x, _, weight = inputs(17, dim)
-    wide, interpret = 1 + weight.astype(jnp.float32), plgpu.InterpretGPUParams()
-    y, s = rms_norm(x, wide, eps=EPS, interpret=interpret)
-    exact, _ = rms_norm(x.astype(jnp.float32), wide, eps=EPS, interpret=interpret)
-    rounded, _ = rms_norm(x, wide.astype(jnp.bfloat16), eps=EPS, interpret=interpret)
+    wide = 1 + weight.astype(np.float32)
+    y, s = simulated(x, wide)
+    exact, _ = simulated(x.astype(np.float32), wide)
+    rounded, _ = simulated(x, wide.astype(jnp.bfloat16))
     assert y.dtype == s.dtype == jnp.bfloat16
-    assert np.asarray(y).tobytes() == np.asarray(exact.astype(jnp.bfloat16)).tobytes()
-    assert np.asarray(y).tobytes() != np.asarray(rounded).tobytes()
+    assert y.tobytes() == exact.astype(jnp.bfloat16).tobytes()
+    assert y.tobytes() != rounded.tobytes()
 
 
 def test_a_row_is_divided_by_its_width_alone() -> None:

@@ -89,8 +89,8 @@ def test_decode(step, chip, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_prefill(step, model):
-    check("v6e", step("v6e", model, "mosaic_tpu", 1, 2048))
+def test_prefill(step, chip, model):
+    check(chip, step(chip, model, "mosaic_tpu", 1, 2048))
 
 
 def test_negative_control(step):
