@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.api_util import debug_info
 from jax.extend import core, linear_util, source_info_util
 from jax.interpreters import partial_eval
 
@@ -41,7 +42,10 @@ def wrap_function(function: Callable[..., Any], like: Any) -> Any:
 
 def trace_jaxpr(function: Callable[..., Any], avals: Sequence[Any], like: Any = None) -> Any:
     """The closed jaxpr of a function from lists of arrays to lists of arrays."""
-    debug = like.debug_info if like is not None else None
+    if like is None:
+        debug = debug_info("batch_invariant", function, tuple(avals), {})
+    else:
+        debug = like.debug_info
     wrapped = linear_util.wrap_init(function, debug_info=debug)
     jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, list(avals))
     return core.ClosedJaxpr(jaxpr, consts)

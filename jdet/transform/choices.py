@@ -75,9 +75,9 @@ def _excluded(name: str, source: str, exclude: frozenset[str]) -> str:
 
 def _narrow(equation: core.JaxprEqn) -> bool:
     """Makes a 16-bit float."""
+    dtypes = [getattr(v.aval, "dtype", None) for v in equation.outvars]
     return any(
-        jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.dtype.itemsize == 2
-        for v in equation.outvars
+        d is not None and jnp.issubdtype(d, jnp.floating) and d.itemsize == 2 for d in dtypes
     )
 
 
@@ -112,6 +112,8 @@ def choose(equation: core.JaxprEqn, rules: Rules, source: str) -> Choice:
         return Choice(TWIN, "computed in float32, rounded once")
     if name in harmless.SUMMED_BACKWARD:
         return Choice(TWIN, "exact; its derivative sums")
+    if name in harmless.PRODUCTS and inexact(equation.outvars[0].aval):
+        return Choice(TWIN, "elementwise; no product joins a sum behind it")
     if name in harmless.BROADCASTING and _several(equation):
         return Choice(TWIN, "elementwise; its derivative sums where an operand is broadcast")
     if name in harmless.EXACT:
@@ -121,7 +123,7 @@ def choose(equation: core.JaxprEqn, rules: Rules, source: str) -> Choice:
     if name in harmless.KEYS:
         return Choice(KEEP, "keys")
     if name in harmless.RANDOM:
-        if all(v.aval.ndim == 0 for v in equation.outvars):
+        if all(getattr(v.aval, "ndim", 0) == 0 for v in equation.outvars):
             return Choice(KEEP, "draws one value")
         return Choice(WARN, _DRAW)
     if name in harmless.COLLECTIVES:

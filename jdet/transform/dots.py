@@ -8,12 +8,11 @@ parts in a balanced tree; one rounding to the result's dtype. Integers are exact
 Schedules:
 
 - CPU, 32 bits or less: one dot for all, as [M, K] x [N, K]. XLA:CPU's YNNPACK picks its kernel,
-  and with it the order over K, by M and N: with the contracted axis minor in both, one of the
-  extents padded to a multiple of `WIDE` and the other to at least `MIN_ROWS` it was one and the
-  same for every shape tried, either operand in either role, batched or not
-  (scripts/bench/results/transform-cpu-dots.json). Barriers keep XLA from folding the transposes
-  that bring K last into the dot, and so from handing it another layout. 16-bit operands are
-  widened first (their products are exact in float32): the 16-bit kernels follow M.
+  and with it the order over K, by N: with the contracted axis minor in both, N padded to a multiple
+  of `WIDE` and M to at least `MIN_ROWS` it was one and the same for every shape tried, batched or
+  not. So the operand that is cheaper to pad stands on the right. Barriers keep XLA from folding
+  the transposes that bring K last into the dot, and so from handing it another layout. 16-bit
+  operands are widened first (their products are exact in float32): the 16-bit kernels follow M.
 - elsewhere: dots of one fixed tile under `lax.map`, so that no library can see the shape.
 - `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`.
 """
@@ -104,10 +103,9 @@ def _product(x: Array, y: Array) -> Array:
 def whole(x: Array, y: Array) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] on a CPU, in one dot of padded extents."""
     m, n = x.shape[1], y.shape[1]
-    right = max(m, MIN_ROWS) * _up(n, WIDE)
-    left = _up(m, WIDE) * max(n, MIN_ROWS)
-    rows = (max(m, MIN_ROWS), _up(n, WIDE)) if right <= left else (_up(m, WIDE), max(n, MIN_ROWS))
-    x, y = lax.optimization_barrier((_pad(x, rows[0]), _pad(y, rows[1])))
+    if _up(m, WIDE) * max(n, MIN_ROWS) < max(m, MIN_ROWS) * _up(n, WIDE):
+        return whole(y, x).swapaxes(1, 2)
+    x, y = lax.optimization_barrier((_pad(x, max(m, MIN_ROWS)), _pad(y, _up(n, WIDE))))
     # One pair is a plain dot to XLA in any case.
     return lax.optimization_barrier(_product(x, y))[:, :m, :n]
 
@@ -149,8 +147,7 @@ def contract(x: Array, y: Array, platform: str | None, rules: Rules, out: Any) -
         return real.astype(out)
     one = whole if platform == "cpu" and dtype.itemsize <= 4 else tiled
     parts = [
-        one(xs, ys)
-        for xs, ys in zip(jnp.split(x, leaves, 2), jnp.split(y, leaves, 2), strict=True)
+        one(xs, ys) for xs, ys in zip(jnp.split(x, leaves, 2), jnp.split(y, leaves, 2), strict=True)
     ]
     return narrowed(balanced_sum(parts), out)
 
@@ -171,7 +168,7 @@ def _matrix(x: Array, batch: Sequence[int], contracted: Sequence[int]) -> tuple[
     """x as [batch, free, contracted], and its free axes."""
     free = [i for i in range(x.ndim) if i not in batch and i not in contracted]
     x = x.transpose(*batch, *free, *contracted)
-    sizes = [math.prod(x.shape[:len(batch)])]
+    sizes = [math.prod(x.shape[: len(batch)])]
     sizes.append(math.prod(x.shape[len(batch) : len(batch) + len(free)]))
     return x.reshape(*sizes, math.prod(x.shape[len(batch) + len(free) :])), free
 

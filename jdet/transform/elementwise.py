@@ -10,6 +10,7 @@ forms here are of correctly rounded operations. Elsewhere, and in float64, the o
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
@@ -105,15 +106,9 @@ def convert(primitive: core.Primitive, x: Array, params: dict[str, Any]) -> Arra
 
 def rounded(primitive: core.Primitive, args: Sequence[Array], params: dict[str, Any]) -> Array:
     """A 16-bit operation computed in float32."""
-    aval, _ = primitive.abstract_eval(*map(_typeof, args), **params)
+    aval, _ = primitive.abstract_eval(*map(jax.typeof, args), **params)
     wider = [x.astype(jnp.float32) if narrow(x.dtype) else x for x in args]
     return narrowed(primitive.bind(*wider, **params), aval.dtype)
-
-
-def _typeof(x: Array) -> Any:
-    import jax
-
-    return jax.typeof(x)
 
 
 def _lower(
@@ -132,7 +127,8 @@ def _lower(
 
 
 def _applies(equation: core.JaxprEqn) -> tuple[bool, str]:
-    if is_float(equation.invars[0].aval.dtype):
+    aval: Any = equation.invars[0].aval
+    if is_float(aval.dtype):
         return True, "one routine for every element"
     return False, "elementwise"
 

@@ -15,7 +15,7 @@ from jax.extend import core
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from jdet.compat import equation_context, source_of, trace_jaxpr, wrap_function
-from jdet.transform.choices import KEEP, REFUSE, TWIN, WARN, Choice, choose, refusal
+from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
 from jdet.transform.rules import Rules
 from jdet.transform.twins import original, twin
 
@@ -49,6 +49,8 @@ class Run:
       quiet: a derived rule is read: nothing is recorded, warned of or refused but the unknown.
       entries: what was read so far.
       used: members of `rules.exclude` that matched.
+      path: the calls, loops and branches that are read.
+      source: of the innermost of them, for equations of jax's own that have none.
     """
 
     rules: Rules
@@ -57,13 +59,7 @@ class Run:
     entries: list[Entry] = dataclasses.field(default_factory=list)
     used: set[str] = dataclasses.field(default_factory=set)
     path: tuple[str, ...] = ()
-
-
-class _Static:
-    """A leaf that is no array: it stays as it is, outside the jaxpr."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    source: str = ""
 
 
 def _is_array(leaf: Any) -> bool:
@@ -78,7 +74,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def retrace(function: Callable[..., Any], args: Sequence[Any], run: Run) -> Any:
-    """`function(*args)`, traced and bound again with twins; leaves that are no arrays are static."""
+    """`function(*args)`, traced and bound again with twins; what is no array is static."""
     leaves, tree = tree_flatten(list(args), is_leaf=_opaque)
     places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     store: list[Any] = []
@@ -87,9 +83,7 @@ def retrace(function: Callable[..., Any], args: Sequence[Any], run: Run) -> Any:
         full = list(leaves)
         for place, array in zip(places, arrays, strict=True):
             full[place] = array
-        results, out_tree = tree_flatten(
-            function(*tree_unflatten(tree, full)), is_leaf=_opaque
-        )
+        results, out_tree = tree_flatten(function(*tree_unflatten(tree, full)), is_leaf=_opaque)
         out = [_is_array(leaf) for leaf in results]
         fixed = [None if array else leaf for leaf, array in zip(results, out, strict=True)]
         store[:] = [out_tree, out, fixed]
@@ -128,7 +122,8 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
 def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     primitive, name = equation.primitive, equation.primitive.name
     params = equation.params
-    source = source_of(equation)
+    own = source_of(equation)
+    source = own or run.source
     choice = choose(equation, run.rules, source)
     if choice.excluded:
         run.used.add(choice.excluded)
@@ -136,7 +131,7 @@ def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
         return _INSIDE[name](equation, args, run)
     if not run.quiet:
         shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
-        run.entries.append(Entry(original(primitive).name, shapes, choice, source, run.path))
+        run.entries.append(Entry(original(primitive).name, shapes, choice, own, run.path))
     if choice.action == REFUSE or (choice.action == WARN and run.strict and not run.quiet):
         raise NotImplementedError(refusal(equation, choice, source))
     if choice.action == TWIN:
@@ -150,19 +145,22 @@ def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
 _REWRITTEN: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
-def rewritten(jaxpr: core.Jaxpr, run: Run, label: str) -> core.Jaxpr:
-    """The closed jaxpr rewritten, once for each set of rules."""
+def rewritten(jaxpr: core.Jaxpr, run: Run, equation: core.JaxprEqn) -> core.Jaxpr:
+    """The closed jaxpr of an equation rewritten, once for each set of rules."""
+    label, source = _label(equation), source_of(equation) or run.source
     known = _REWRITTEN.setdefault(jaxpr, {})
-    key = run.rules, run.strict, run.quiet
+    # One that is called from several lines is one function, unless a line may be excluded.
+    place = source if any(":" in item for item in run.rules.exclude) else ""
+    key = run.rules, run.strict, run.quiet, place
     if key not in known:
-        inner = Run(run.rules, run.strict, run.quiet)
-        made = trace_jaxpr(
-            lambda *args: evaluate(jaxpr, args, inner), jaxpr.in_avals, like=jaxpr
-        )
+        inner = Run(run.rules, run.strict, run.quiet, source=source)
+        made = trace_jaxpr(lambda *args: evaluate(jaxpr, args, inner), jaxpr.in_avals, like=jaxpr)
         known[key] = made, tuple(inner.entries), frozenset(inner.used)
     made, entries, used = known[key]
-    path = (*run.path, label) if label else run.path
-    run.entries += [dataclasses.replace(e, path=(*path, *e.path)) for e in entries]
+    path = (*run.path, label)
+    for e in entries:
+        seen = dataclasses.replace(e, path=(*path, *e.path), source=e.source or source)
+        run.entries.append(seen)
     run.used |= used
     return made
 
@@ -174,11 +172,10 @@ def _label(equation: core.JaxprEqn) -> str:
 
 def _inside(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     """Rewrites every jaxpr among the parameters."""
-    label = _label(equation)
 
     def new(value: Any) -> Any:
         if isinstance(value, core.Jaxpr):
-            return rewritten(value, run, label)
+            return rewritten(value, run, equation)
         if isinstance(value, tuple) and any(isinstance(v, core.Jaxpr) for v in value):
             return tuple(map(new, value))
         return value
@@ -211,17 +208,17 @@ class _Policy:
 
 
 def _checkpoint(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
-    params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, "checkpoint"))
+    params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, equation))
     if params["policy"] is not None and not isinstance(params["policy"], _Policy):
         params["policy"] = _Policy(params["policy"])
     return equation.primitive.bind(*args, **equation.primitive.get_bind_params(params))
 
 
 def _custom(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
-    """custom_jvp and custom_vjp: the function is rewritten now, its rules when they are asked for."""
+    """custom_jvp and custom_vjp: the function is rewritten now, its rules when they are used."""
     primitive = equation.primitive
     params = primitive.get_bind_params(equation.params)
-    jaxpr = rewritten(equation.params["call_jaxpr"], run, _label(equation))
+    jaxpr = rewritten(equation.params["call_jaxpr"], run, equation)
     quiet = Run(run.rules, quiet=True)
     _, *derived = params.pop("subfuns")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from jax import Array
 from jax.extend import core
 
@@ -11,13 +11,14 @@ from jdet.transform import (
     cumulative,
     dots,
     elementwise,
+    harmless,
     ragged,
     reductions,
     scatters,
     sorts,
     windows,
 )
-from jdet.transform.fixed import Fixed
+from jdet.transform.fixed import Fixed, alone
 from jdet.transform.rules import Rules
 
 FIXED: dict[str, Fixed] = {
@@ -48,13 +49,8 @@ def lower(
     if not primitive.multiple_results:
         if primitive.name == "convert_element_type":
             return elementwise.convert(primitive, args[0], params)
-        aval, _ = primitive.abstract_eval(*map(_aval, args), **params)
+        aval, _ = primitive.abstract_eval(*map(jax.typeof, args), **params)
         if elementwise.narrow(aval.dtype):
             return elementwise.rounded(primitive, args, params)
-    return primitive.bind(*args, **params)
-
-
-def _aval(x: Array) -> Any:
-    import jax
-
-    return jax.typeof(x)
+    made = primitive.bind(*args, **params)
+    return alone(made) if primitive.name in harmless.PRODUCTS else made

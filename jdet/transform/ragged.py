@@ -25,7 +25,8 @@ def _mode(params: dict[str, Any]) -> str:
 
 
 def _refuses(equation: core.JaxprEqn) -> str:
-    ranks = [len(atom.aval.shape) for atom in equation.invars[:2]]
+    avals: list[Any] = [atom.aval for atom in equation.invars[:2]]
+    ranks = [len(aval.shape) for aval in avals]
     mode = _mode(equation.params)
     if (mode, ranks) not in (("rows", [2, 3]), ("contracting", [2, 2])):
         return (
@@ -77,6 +78,4 @@ def _lower(
     return lax.map(masked, (ends - sizes, ends))
 
 
-FIXED = {
-    "ragged_dot_general": Fixed(_lower, lambda equation: (True, "groups in order"), _refuses)
-}
+FIXED = {"ragged_dot_general": Fixed(_lower, lambda equation: (True, "groups in order"), _refuses)}

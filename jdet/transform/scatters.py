@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
@@ -76,4 +75,6 @@ def _lower(
     return narrowed(_in_order(scatter, *operands, numbers), x.dtype)
 
 
-FIXED = {name: Fixed(_lower, of_floats("updates in the order of their indices")) for name in _SCATTER}
+FIXED = {
+    name: Fixed(_lower, of_floats("updates in the order of their indices")) for name in _SCATTER
+}

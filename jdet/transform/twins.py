@@ -38,6 +38,7 @@ def twin(primitive: core.Primitive) -> core.Primitive:
 
 
 def _rewritten(rule: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
+    # Here: the interpreter makes twins.
     from jdet.transform.interpreter import Run, retrace
 
     def apply(*args: Any) -> Any:
@@ -46,7 +47,7 @@ def _rewritten(rule: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
     return apply
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _eager(made: core.Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     return jax.jit(functools.partial(made.bind, **dict(params)))
 
@@ -90,9 +91,7 @@ def _make(primitive: core.Primitive) -> core.Primitive:
 
             given = list(map(ad.instantiate_zeros, given))
             known = [None if i in linear else arg for i, arg in enumerate(args)]
-            made = _rewritten(rule, rules)(
-                given if primitive.multiple_results else given[0], known
-            )
+            made = _rewritten(rule, rules)(given if primitive.multiple_results else given[0], known)
         out: list[Any] = [None] * len(args)
         for i, x in zip(linear, made, strict=True):
             out[i] = x
@@ -100,24 +99,26 @@ def _make(primitive: core.Primitive) -> core.Primitive:
 
     ad.primitive_transposes[made] = transpose
 
-    if primitive in batching.fancy_primitive_batchers:
+    fancy: Any = batching.fancy_primitive_batchers
+    usual: Any = batching.primitive_batchers
+    if primitive in fancy:
 
         def fancy_batch(data: Any, args: Any, dims: Any, *, rules: Rules, **params: Any):
             def rule(args: Any) -> Any:
-                return batching.fancy_primitive_batchers[primitive](data, args, dims, **params)
+                return fancy[primitive](data, args, dims, **params)
 
             return _rewritten(rule, rules)(tuple(args))
 
-        batching.fancy_primitive_batchers[made] = fancy_batch
-    elif primitive in batching.primitive_batchers:
+        fancy[made] = fancy_batch
+    elif primitive in usual:
 
         def batch(args: Any, dims: Any, *, rules: Rules, **params: Any):
             def rule(args: Any) -> Any:
-                return batching.primitive_batchers[primitive](args, dims, **params)
+                return usual[primitive](args, dims, **params)
 
             return _rewritten(rule, rules)(tuple(args))
 
-        batching.primitive_batchers[made] = batch
+        usual[made] = batch
 
     for platform in ("cpu", None):
         lower = functools.partial(lowerings.lower, primitive, platform)

@@ -24,7 +24,9 @@ type Combine = Callable[[Parts, Parts], Parts]
 
 def _padded(x: Array, fill: Any, params: dict[str, Any]) -> Array:
     dilation = params.get("base_dilation") or (1,) * x.ndim
-    config = [(low, high, d - 1) for (low, high), d in zip(params["padding"], dilation, strict=True)]
+    config = [
+        (low, high, d - 1) for (low, high), d in zip(params["padding"], dilation, strict=True)
+    ]
     return lax.pad(x, jnp.asarray(fill, x.dtype), config)
 
 
@@ -156,7 +158,10 @@ def _scatter_add(
         here = lax.slice(
             places,
             place,
-            [at + (count - 1) * s + 1 for at, count, s in zip(place, source.shape, strides, strict=True)],
+            [
+                at + (count - 1) * s + 1
+                for at, count, s in zip(place, source.shape, strides, strict=True)
+            ],
             strides,
         )
         share = jnp.where(chosen == here, wider, jnp.zeros((), wider.dtype))

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 def call(x, w, bias=None, **options):
     """Of numpy arrays, as everywhere here: each operation on one of jax's compiles a program."""
-    x, w, bias = (None if a is None else jnp.asarray(a) for a in (x, w, bias))
-    return np.asarray(mosaic_gpu.matmul(x, w, bias=bias, **options))
+    bias = None if bias is None else jnp.asarray(bias)
+    return np.asarray(mosaic_gpu.matmul(jnp.asarray(x), jnp.asarray(w), bias=bias, **options))
 
 
 simulated = functools.partial(call, interpret=plgpu.InterpretGPUParams())
