@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := env
-.PHONY: env demo test test-gpu-compile test-tpu test-ray lint lint-site types imports bench clean
+.PHONY: env demo test test-gpu-compile test-tpu test-ray test-foreign-models lint lint-site types imports bench clean
 
 PYTHON ?= python3
 JAX := 0.11.2
@@ -54,6 +54,20 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 	$(UV) pip install --python .venv-ray/bin/python --editable '.[test,ray]' 'jax==$(JAX)'
 	touch $@
 
+# Models that others wrote. Those after --no-deps: their modules run without what their packages
+# depend on (trainers, data sets, clouds). kauldron, which gemma imports, wants TensorFlow.
+.venv-models/.jdet-env: export PATH := $(PATH)$(addprefix :,$(PYENV312))
+.venv-models/.jdet-env: pyproject.toml Makefile $(filter .venv-uv/%,$(UV))
+	.venv-models/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	  || $(UV) venv --clear --python 3.12 .venv-models
+	$(UV) pip install --python .venv-models/bin/python --editable '.[test]' 'jax==$(JAX)' \
+	  dm-haiku==0.0.17 eqx-zoo==0.3.5 equimo==2.7.0 equinox==0.13.8 \
+	  chex clu dialog einops einshape fire grain immutabledict mediapy pandas sentencepiece \
+	  simple-parsing tensorboard tensorflow-cpu tensorflow-datasets typeguard
+	$(UV) pip install --python .venv-models/bin/python --no-deps gemma==4.0.1 google-tunix==0.1.7 \
+	  jax-image-models==0.4.0 kauldron==1.4.4 qwix tokamax xprof
+	touch $@
+
 .venv-uv/bin/uv:
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/python -m pip install uv
@@ -80,6 +94,11 @@ test-tpu: .venv-tpu/.jdet-env
 test-ray: .venv-ray/.jdet-env
 	JAX_PLATFORMS=cpu .venv-ray/bin/pytest tests/ray
 
+# Other people's models, published and under jdet.batch_invariant, in an environment of its own
+# (2 GB).
+test-foreign-models: .venv-models/.jdet-env
+	JAX_PLATFORMS=cpu .venv-models/bin/pytest tests/foreign_models
+
 lint: env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -101,7 +120,7 @@ lint-site:
 bench: env
 	$(BIN)/python scripts/bench/cpu_model.py
 
-# Keeps .venv, .venv-gpu, .venv-ray, .venv-tpu, .venv-uv and downloaded models.
+# Keeps .venv, .venv-gpu, .venv-models, .venv-ray, .venv-tpu, .venv-uv and downloaded models.
 clean:
 	rm -rf build dist *.egg-info demo.json demo.png
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jdet.sampling import SamplingParams as SamplingParams
     from jdet.sampling import sampling_arrays as sampling_arrays
     from jdet.scoring import score as score
+    from jdet.transform import batch_invariant as batch_invariant
+    from jdet.transform import register_rule as register_rule
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ _HOME = {
     "EngineConfig": "jdet.engine.config",
     "Ops": "jdet.ops",
     "SamplingParams": "jdet.sampling",
+    "batch_invariant": "jdet.transform",
     "compiler_options": "jdet.compiler",
     "convert": "jdet.models.convert",
     "generate": "jdet.generation",
@@ -43,6 +46,7 @@ _HOME = {
     "jit": "jdet.compiler",
     "load": "jdet.models.load",
     "random_model": "jdet.models.load",
+    "register_rule": "jdet.transform",
     "sampling_arrays": "jdet.sampling",
     "score": "jdet.scoring",
 }

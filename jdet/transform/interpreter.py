@@ -1,0 +1,237 @@
+"""Reads a jaxpr and binds it again, with twins in the place of what sums.
+
+A jaxpr inside an equation (jit, scan, while, cond, checkpoint) is rewritten once and remembered,
+so that a function called twice is still one function. Custom derivatives keep the user's rules:
+they are traced when jax asks for them, and rewritten then.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.tree_util import tree_flatten, tree_unflatten
+
+from jdet.compat import equation_context, source_of, trace_jaxpr, wrap_function
+from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
+from jdet.transform.rules import Rules
+from jdet.transform.twins import original, twin
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One equation as it was read.
+
+    Attributes:
+      primitive: its name.
+      shapes: of its inputs.
+      choice: what was done and why.
+      source: "file.py:12:4 (function)".
+      path: the calls, loops and branches it stands in.
+    """
+
+    primitive: str
+    shapes: tuple[str, ...]
+    choice: Choice
+    source: str
+    path: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Run:
+    """One transformation under way.
+
+    Attributes:
+      rules: what was asked.
+      strict: refuse what would be warned of.
+      quiet: a derived rule is read: nothing is recorded, warned of or refused but the unknown.
+      entries: what was read so far.
+      used: members of `rules.exclude` that matched.
+      path: the calls, loops and branches that are read.
+      source: of the innermost of them, for equations of jax's own that have none.
+    """
+
+    rules: Rules
+    strict: bool = False
+    quiet: bool = False
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    used: set[str] = dataclasses.field(default_factory=set)
+    path: tuple[str, ...] = ()
+    source: str = ""
+
+
+def _is_array(leaf: Any) -> bool:
+    # Python's numbers stay what they are: an axis, a flag, a batching rule's dimension.
+    if isinstance(leaf, (int, float, complex, str)) or leaf is None:
+        return False
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+def retrace(function: Callable[..., Any], args: Sequence[Any], run: Run) -> Any:
+    """`function(*args)`, traced and bound again with twins; what is no array is static."""
+    leaves, tree = tree_flatten(list(args), is_leaf=_opaque)
+    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    store: list[Any] = []
+
+    def flat(*arrays: Any) -> list[Any]:
+        full = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            full[place] = array
+        results, out_tree = tree_flatten(function(*tree_unflatten(tree, full)), is_leaf=_opaque)
+        out = [_is_array(leaf) for leaf in results]
+        fixed = [None if array else leaf for leaf, array in zip(results, out, strict=True)]
+        store[:] = [out_tree, out, fixed]
+        return [leaf for leaf, array in zip(results, out, strict=True) if array]
+
+    jaxpr = trace_jaxpr(flat, [jax.typeof(leaves[i]) for i in places])
+    out_tree, out, fixed = store
+    made = iter(evaluate(jaxpr, [leaves[i] for i in places], run))
+    return tree_unflatten(
+        out_tree, [next(made) if array else leaf for array, leaf in zip(out, fixed, strict=True)]
+    )
+
+
+def _opaque(leaf: Any) -> bool:
+    # Zero, SymbolicZero and UndefinedPrimal are trees to some versions and leaves to others.
+    return type(leaf).__name__ in ("Zero", "SymbolicZero", "UndefinedPrimal") or leaf is None
+
+
+def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
+    """The outputs of a closed jaxpr on `args`."""
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        with equation_context(equation):
+            results = _bind(equation, [read(atom) for atom in equation.invars], run)
+        if not equation.primitive.multiple_results:
+            results = [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+    primitive, name = equation.primitive, equation.primitive.name
+    params = equation.params
+    own = source_of(equation)
+    source = own or run.source
+    choice = choose(equation, run.rules, source)
+    if choice.excluded:
+        run.used.add(choice.excluded)
+    elif name in _INSIDE:
+        return _INSIDE[name](equation, args, run)
+    if not run.quiet:
+        shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
+        run.entries.append(Entry(original(primitive).name, shapes, choice, own, run.path))
+    if choice.action == REFUSE or (choice.action == WARN and run.strict and not run.quiet):
+        raise NotImplementedError(refusal(equation, choice, source))
+    if choice.action == TWIN:
+        return twin(primitive).bind(*args, rules=run.rules, **params)
+    if choice.rule is not None:
+        return choice.rule(*args, **params)
+    return primitive.bind(*args, **primitive.get_bind_params(params))
+
+
+# (rewritten, entries, used), by the jaxpr and the rules.
+_REWRITTEN: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
+
+
+def rewritten(jaxpr: core.Jaxpr, run: Run, equation: core.JaxprEqn) -> core.Jaxpr:
+    """The closed jaxpr of an equation rewritten, once for each set of rules."""
+    label, source = _label(equation), source_of(equation) or run.source
+    known = _REWRITTEN.setdefault(jaxpr, {})
+    # One that is called from several lines is one function, unless a line may be excluded.
+    place = source if any(":" in item for item in run.rules.exclude) else ""
+    key = run.rules, run.strict, run.quiet, place
+    if key not in known:
+        inner = Run(run.rules, run.strict, run.quiet, source=source)
+        made = trace_jaxpr(lambda *args: evaluate(jaxpr, args, inner), jaxpr.in_avals, like=jaxpr)
+        known[key] = made, tuple(inner.entries), frozenset(inner.used)
+    made, entries, used = known[key]
+    path = (*run.path, label)
+    for e in entries:
+        seen = dataclasses.replace(e, path=(*path, *e.path), source=e.source or source)
+        run.entries.append(seen)
+    run.used |= used
+    return made
+
+
+def _label(equation: core.JaxprEqn) -> str:
+    name = equation.params.get("name")
+    return f"{equation.primitive.name} {name}" if name else equation.primitive.name
+
+
+def _inside(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+    """Rewrites every jaxpr among the parameters."""
+
+    def new(value: Any) -> Any:
+        if isinstance(value, core.Jaxpr):
+            return rewritten(value, run, equation)
+        if isinstance(value, tuple) and any(isinstance(v, core.Jaxpr) for v in value):
+            return tuple(map(new, value))
+        return value
+
+    params = {name: new(value) for name, value in equation.params.items()}
+    primitive = equation.primitive
+    return primitive.bind(*args, **primitive.get_bind_params(params))
+
+
+class _Policy:
+    """A checkpoint policy that sees a twin as its original."""
+
+    def __init__(self, policy: Callable[..., Any]) -> None:
+        self.policy = policy
+
+    def __call__(self, primitive: core.Primitive, *args: Any, **params: Any) -> Any:
+        first = original(primitive)
+        if first is not primitive:
+            params = {k: v for k, v in params.items() if k != "rules"}
+        return self.policy(first, *args, **params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Policy) and self.policy == other.policy
+
+    def __hash__(self) -> int:
+        return hash((_Policy, self.policy))
+
+    def __repr__(self) -> str:
+        return repr(self.policy)
+
+
+def _checkpoint(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+    params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, equation))
+    if params["policy"] is not None and not isinstance(params["policy"], _Policy):
+        params["policy"] = _Policy(params["policy"])
+    return equation.primitive.bind(*args, **equation.primitive.get_bind_params(params))
+
+
+def _custom(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+    """custom_jvp and custom_vjp: the function is rewritten now, its rules when they are used."""
+    primitive = equation.primitive
+    params = primitive.get_bind_params(equation.params)
+    jaxpr = rewritten(equation.params["call_jaxpr"], run, equation)
+    quiet = Run(run.rules, quiet=True)
+    _, *derived = params.pop("subfuns")
+
+    def later(rule: Any) -> Any:
+        return wrap_function(lambda *xs: retrace(rule.call_wrapped, xs, quiet), like=rule)
+
+    function = wrap_function(core.jaxpr_as_fun(jaxpr), like=jaxpr)
+    subfuns = (function, *map(later, derived))
+    return primitive.bind(*args, subfuns=subfuns, **params)
+
+
+_INSIDE = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "scan", "while", "cond", "shard_map"), _inside),
+    **dict.fromkeys(("remat2", "checkpoint"), _checkpoint),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),
+}

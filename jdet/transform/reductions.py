@@ -1,0 +1,159 @@
+"""Reductions as trees over each reduced axis, the last axis first.
+
+Tree over one axis: blocks of `LANES` elements, the last one continued by identities, are combined
+elementwise, neighbours first (an odd number of blocks is continued by a block of identities); of
+the one block that is left, the second half is combined with the first until one element is left.
+Places are absolute: identities behind the last element (masked padding) change nothing, and neither
+does any other extent. 16-bit floats are summed in float32 and rounded once.
+
+A reduction with a function of the user's has no identity known: neighbours are combined, and an odd
+last element waits for the next round.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend import core
+
+from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide
+from jdet.transform.rules import Rules
+
+LANES = 16
+
+type Combine = Callable[[Array, Array], Array]
+
+
+def lowest(dtype: Any) -> Any:
+    """The identity of a maximum."""
+    return -jnp.inf if inexact(np.empty(0, dtype)) else jnp.iinfo(dtype).min
+
+
+def highest(dtype: Any) -> Any:
+    """The identity of a minimum."""
+    return jnp.inf if inexact(np.empty(0, dtype)) else jnp.iinfo(dtype).max
+
+
+COMBINE: dict[str, tuple[Combine, Callable[[Any], Any]]] = {
+    "sum": (lax.add, lambda dtype: 0),
+    "prod": (lax.mul, lambda dtype: 1),
+    "max": (lax.max, lowest),
+    "min": (lax.min, highest),
+}
+
+
+def tree(
+    parts: tuple[Array, ...], axis: int, combine: Any, identities: tuple[Any, ...]
+) -> tuple[Array, ...]:
+    """Arrays combined over one axis, which goes; `combine` takes and gives tuples."""
+    shape = parts[0].shape
+
+    def up_to(parts: tuple[Array, ...], multiple: int) -> tuple[Array, ...]:
+        extent = parts[0].shape[axis]
+        edge = [(0, 0, 0)] * len(shape)
+        edge[axis] = (0, max(multiple, -(-extent // multiple) * multiple) - extent, 0)
+        pairs = zip(parts, identities, strict=True)
+        return tuple(lax.pad(x, jnp.asarray(i, x.dtype), edge) for x, i in pairs)
+
+    def halves(x: Array, blocks: int) -> tuple[Array, Array]:
+        """The first and the second halves of `blocks` equal parts of the axis."""
+        size = x.shape[axis] // blocks // 2
+        x = x.reshape(*shape[:axis], blocks, 2, size, *shape[axis + 1 :])
+        ends = (lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(2))
+        left, right = (x.reshape(*shape[:axis], blocks * size, *shape[axis + 1 :]) for x in ends)
+        return left, right
+
+    parts = up_to(parts, LANES)
+    while (extent := parts[0].shape[axis]) > 1:
+        if extent > LANES:
+            parts = up_to(parts, 2 * LANES)
+        blocks = max(parts[0].shape[axis] // (2 * LANES), 1)
+        left, right = zip(*(halves(x, blocks) for x in parts), strict=True)
+        parts = combine(left, right)
+    return tuple(lax.squeeze(x, (axis,)) for x in parts)
+
+
+def pairs_of(parts: tuple[Array, ...], axis: int, combine: Any) -> tuple[Array, ...]:
+    """`tree` where no identity is known; the axis is not empty."""
+    while (extent := parts[0].shape[axis]) > 1:
+        even = extent // 2 * 2
+        left = tuple(lax.slice_in_dim(x, 0, even, 2, axis) for x in parts)
+        right = tuple(lax.slice_in_dim(x, 1, even, 2, axis) for x in parts)
+        rest = tuple(lax.slice_in_dim(x, even, extent, 1, axis) for x in parts)
+        made = combine(left, right)
+        parts = tuple(lax.concatenate(xs, axis) for xs in zip(made, rest, strict=True))
+    return tuple(lax.squeeze(x, (axis,)) for x in parts)
+
+
+def reduce_axes(x: Array, axes: Sequence[int], kind: str) -> Array:
+    """ "sum", "prod", "max" or "min" over several axes, the last one first."""
+    combine, identity = COMBINE[kind]
+    for axis in sorted(axes, reverse=True):
+        [x] = tree((x,), axis, lambda a, b: (combine(a[0], b[0]),), (identity(x.dtype),))
+    return x
+
+
+def _lower(kind: str) -> Any:
+    def lower(
+        primitive: core.Primitive,
+        platform: str | None,
+        rules: Rules,
+        args: Sequence[Array],
+        params: dict[str, Any],
+    ) -> Array:
+        del platform, rules
+        [x] = args
+        if not inexact(x):
+            return primitive.bind(x, **params)
+        made = reduce_axes(alone(x.astype(wide(x.dtype))), params["axes"], kind)
+        return narrowed(made, x.dtype)
+
+    return lower
+
+
+def _generic(
+    primitive: core.Primitive,
+    platform: str | None,
+    rules: Rules,
+    args: Sequence[Array],
+    params: dict[str, Any],
+) -> list[Array]:
+    """`lax.reduce` with a computation of the user's."""
+    del primitive, platform, rules
+    count = len(args) // 2
+    parts, starts = tuple(args[:count]), tuple(args[count:])
+    run = core.jaxpr_as_fun(params["jaxpr"])
+
+    def combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        # The computation is of scalars.
+        made = jax.vmap(lambda *xs: tuple(run(*xs)))(*(jnp.ravel(x) for x in (*a, *b)))
+        return tuple(y.reshape(x.shape) for x, y in zip(a, made, strict=True))
+
+    axes = sorted(params["dimensions"], reverse=True)
+    shape = tuple(n for i, n in enumerate(parts[0].shape) if i not in axes)
+    first = tuple(jnp.broadcast_to(x, shape) for x in starts)
+    if any(parts[0].shape[axis] == 0 for axis in axes):
+        return list(first)
+    for axis in axes:
+        parts = pairs_of(parts, axis, combine)
+    return list(combine(first, parts))
+
+
+FIXED = {
+    **{
+        f"reduce_{kind}": Fixed(_lower(kind), of_floats("tree over the reduced axes"))
+        for kind in COMBINE
+    },
+    # Bitwise: exact in any order.
+    **{
+        f"reduce_{kind}": Fixed(
+            lambda primitive, platform, rules, args, params: primitive.bind(*args, **params),
+            lambda equation: (False, "bitwise: exact in any order"),
+        )
+        for kind in ("and", "or", "xor")
+    },
+    "reduce": Fixed(_generic),
+}

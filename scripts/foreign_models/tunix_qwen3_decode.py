@@ -1,0 +1,93 @@
+"""Qwen3 of google-tunix (Flax NNX): one step of decoding, with the model's own cache.
+
+tunix's cache has one place to write for the whole batch, so its requests are of one length.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from foreign_models.example import Example
+from foreign_models.tunix_qwen3 import PACKAGE as PACKAGE
+from foreign_models.tunix_qwen3 import about, config_of, create
+from jax.typing import DTypeLike
+from numpy.random import Generator
+
+import jdet
+
+TIMED = {"long": (1, 32)}
+
+
+class Steps(NamedTuple):
+    """Requests: one token, and random keys and values of the `length` tokens before it."""
+
+    config: Any
+    length: int
+    dtype: DTypeLike
+
+    def requests(self, rng: Generator, count: int, scale: float = 1.0) -> dict[str, Any]:
+        config = self.config
+        shape = (count, self.length, config.num_kv_heads, config.head_dim)
+        layers = [f"layer_{i}" for i in range(config.num_layers)]
+        return {
+            "token": rng.integers(0, config.vocab_size - 1, (count, 1), np.int32),
+            "keys": {i: scale * rng.standard_normal(shape, np.float32) for i in layers},
+            "values": {i: scale * rng.standard_normal(shape, np.float32) for i in layers},
+        }
+
+    def extremes(self, rng: Generator, count: int) -> dict[str, Any]:
+        """Keys and values of some 1e30, NaN in every second request."""
+        found = self.requests(rng, count, 1e30)
+        for values in found["values"].values():
+            values[::2] = np.nan
+        return found
+
+    def batch(self, requests: dict[str, Any], pad: int, rng: Generator) -> dict[str, Any]:
+        """What the model's `__call__` takes; of the cache, `pad` slots are never written."""
+        count, slots = len(requests["token"]), self.length + 1 + pad
+
+        def filled(kept: np.ndarray) -> np.ndarray:
+            shape = (count, slots - self.length, *kept.shape[2:])
+            both = np.concatenate([kept, rng.standard_normal(shape, np.float32)], 1)
+            return both.astype(self.dtype)
+
+        end = np.full((count,), self.length, np.int32)
+        return {
+            "tokens": requests["token"],
+            "positions": end[:, None],
+            "cache": {
+                name: {
+                    "k": filled(keys),
+                    "v": filled(requests["values"][name]),
+                    "end_index": end,
+                }
+                for name, keys in requests["keys"].items()
+            },
+            "mask": np.tile(np.arange(slots) <= self.length, (count, 1, 1)),
+        }
+
+
+def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
+    config, length, timed = config_of(size)
+    structure, weights = create(config, dtype)
+    steps = Steps(config, length, jnp.dtype(dtype))
+
+    def forward(weights: Any, batch: dict[str, Any]) -> jax.Array:
+        model = nnx.merge(structure, weights)
+        logits, _ = model(batch["tokens"], batch["positions"], batch["cache"], batch["mask"])
+        return logits
+
+    return Example(
+        plain=jax.jit(forward),
+        invariant=jax.jit(jdet.batch_invariant(forward, **options)),
+        weights=weights,
+        requests=steps.requests,
+        extremes=steps.extremes,
+        batch=steps.batch,
+        real=lambda logits: logits,
+        pads=(2, 0, 7, 20),
+        timed=TIMED.get(size, timed),
+        about=about(config) | {"cached tokens": length},
+    )
