@@ -28,7 +28,7 @@ from jax.extend import core
 
 from jdet.pallas_kernels import implementation_of
 from jdet.pallas_kernels.trees import balanced_sum
-from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide
+from jdet.transform.fixed import Fixed, alone, inexact, is_float, narrowed, wide
 from jdet.transform.rules import Rules
 
 WIDE = 128
@@ -105,7 +105,8 @@ def whole(x: Array, y: Array) -> Array:
     m, n = x.shape[1], y.shape[1]
     if _up(m, WIDE) * max(n, MIN_ROWS) < max(m, MIN_ROWS) * _up(n, WIDE):
         return whole(y, x).swapaxes(1, 2)
-    x, y = lax.optimization_barrier((_pad(x, max(m, MIN_ROWS)), _pad(y, _up(n, WIDE))))
+    x, y = _pad(alone(x), max(m, MIN_ROWS)), _pad(alone(y), _up(n, WIDE))
+    x, y = lax.optimization_barrier((x, y))
     # One pair is a plain dot to XLA in any case.
     return lax.optimization_barrier(_product(x, y))[:, :m, :n]
 
