@@ -88,7 +88,7 @@ test-gpu-compile: .venv-gpu/.jdet-env
 
 # Compiles kernels and steps for TPUs, in an environment of its own (1 GB); needs no TPU.
 test-tpu: .venv-tpu/.jdet-env
-	JAX_PLATFORMS=cpu .venv-tpu/bin/pytest tests/tpu_compile
+	JAX_PLATFORMS=cpu .venv-tpu/bin/pytest -n 2 tests/tpu_compile
 
 # A batch over two Ray workers, in an environment of its own.
 test-ray: .venv-ray/.jdet-env
