@@ -1,7 +1,7 @@
 """Elementwise functions with one routine for every element of an array.
 
 XLA:CPU hands exp, log and atan to a vector routine for the bulk of an array and to another for
-its tail, and the two differ in the last bit (scripts/bench/results/transform-cpu-tails.json). The
+its tail, and the two differ in the last bit (scripts/bench/results/cpu-dot-classes.json). The
 forms here are of correctly rounded operations. Elsewhere, and in float64, the originals stay.
 
 16-bit floats are computed in float32 and rounded once, by an operation that XLA does not drop.
