@@ -1,11 +1,13 @@
 """What holds for every test: strict promotion, 32 bits, checked shapes, fixed examples."""
 
+import gc
 import importlib.util
 import pathlib
 
 import hypothesis
 import jax
 import jaxtyping
+import pytest
 
 import jdet
 
@@ -28,6 +30,15 @@ _LONG = (
     *("test_invariance", "test_attention", "test_attention_mosaic_gpu", "test_engine"),
     *("test_generation", "test_qkv_heads", "test_attention_options", "test_demo", "test_cli"),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_file():
+    """A program of XLA:CPU is about ten memory maps. Linux gives a process 65,530; past them
+    XLA crashes or hangs, and the whole suite's programs are more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
