@@ -3,8 +3,8 @@
 Schedules:
 
 - `whole` (CPU): all rows of the batch in one batched dot per split, `lax.fori_loop` over the
-  splits that any row needs. A batched dot gives each row the bits it has alone as long as it
-  has at least `MIN_ROWS` rows of queries (see `matmul.portable`), so fewer are padded.
+  splits that any row needs. A batched dot gives each row the bits it has alone where its rows of
+  queries are as many as `matmul.portable.padded_rows` says, so they are padded to that.
 - `tiled` (any other backend): `lax.map` over the rows of the batch and over tiles of
   `QUERY_TILE` queries; every dot has one fixed shape.
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jdet.pallas_kernels.attention.masks import sees
 from jdet.pallas_kernels.attention.pages import check_pages, split_count, take_split
-from jdet.pallas_kernels.matmul.portable import MIN_ROWS
+from jdet.pallas_kernels.matmul.portable import padded_rows
 from jdet.pallas_kernels.trees import exp, tanh, tree_sum
 
 QUERY_TILE = 16
@@ -156,7 +156,9 @@ def attention_whole(
     rows = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * length, dim)
     row_positions = jnp.tile(positions, (1, group))
-    missing = max(0, MIN_ROWS - group * length)
+    # The scores are summed over dim, the values over kv_split.
+    padded = max(padded_rows(group * length, k, q.dtype) for k in (dim, kv_split))
+    missing = padded - group * length
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
     row_positions = jnp.pad(row_positions, ((0, 0), (0, missing)), constant_values=-1)
     out = _attend(

@@ -7,8 +7,8 @@ Schedule: each group is cut into tiles of equally many rows, the last one reachi
 group, and a loop as long as there are tiles computes one dot of one fixed shape a step: an
 expert nobody was routed to is not read. The tiles are written in ascending order, so that the
 rows that a tile computed of the next group, with weights that are not theirs, are overwritten by
-their own. On CPU the height of a tile follows R and E, at least `MIN_ROWS` (why that changes no
-bit: matmul/portable.py); elsewhere it is `ROW_TILE`.
+their own. On CPU the height of a tile follows R and E, at least what `padded_rows` says (why that
+changes no bit: matmul/portable.py); elsewhere it is `ROW_TILE`.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jdet.pallas_kernels.matmul.portable import MIN_ROWS, ROW_TILE, dot_rows
+from jdet.pallas_kernels.matmul.portable import ROW_TILE, dot_rows, padded_rows
 from jdet.pallas_kernels.trees import balanced_sum
 
 
-def cpu_tile(rows: int, experts: int) -> int:
+def cpu_tile(rows: int, experts: int, k: int, dtype: DTypeLike) -> int:
     """Rows of a tile on CPU: about those of a group of average size, a power of two."""
-    tile = MIN_ROWS
+    tile = padded_rows(1, k, dtype)
     while tile < min(ROW_TILE, rows // experts):
         tile *= 2
     return tile
@@ -67,10 +67,11 @@ def grouped_matmul(
 ) -> Float[Array, "R N"]:
     """See `reference.grouped_matmul`; the schedule follows the platform it is compiled for."""
     run = functools.partial(grouped_tiles, leaves=leaves, out_dtype=out_dtype or x.dtype)
+    tile = cpu_tile(x.shape[0], w.shape[0], x.shape[1] // leaves, x.dtype)
     return lax.platform_dependent(
         x,
         w,
         sizes,
-        cpu=functools.partial(run, tile=cpu_tile(x.shape[0], w.shape[0])),
+        cpu=functools.partial(run, tile=tile),
         default=functools.partial(run, tile=ROW_TILE),
     )

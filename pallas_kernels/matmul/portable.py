@@ -12,9 +12,8 @@ Schedules:
   it packs only above some M, and the bits change there; where depends on K (float32: at
   M = 33 for K = 576, at M = 4 for K = 1024 and 1536). Measured for M in 1..256, float32 and
   bfloat16: scripts/bench/results/cpu-dot-classes.json.) One row alone would be a
-  matrix-vector product in another order, and one or two rows of bfloat16 are too where they are
-  what is left of M behind blocks of 64 (on CPUs with AMX, for some N), so rows are padded to a
-  multiple of `MIN_ROWS`.
+  matrix-vector product in another order, and on CPUs with AMX some last rows of 16-bit
+  operands go to a kernel of another order, so rows are padded: see `padded_rows`.
 - `tiled` (any other backend): the rows are cut into tiles of `ROW_TILE`, the last one
   padded with zeros, and `lax.map` runs one dot of one fixed shape over them: no library can
   see M.
@@ -31,6 +30,20 @@ from jdet.pallas_kernels.trees import balanced_sum
 
 MIN_ROWS = 4
 ROW_TILE = 64
+# What AMX takes at once: rows, and 16-bit elements of K.
+_AMX_ROWS, _AMX_K = 16, 32
+
+
+def padded_rows(rows: int, k: int, dtype: DTypeLike) -> int:
+    """The rows that a dot of `rows` is padded to on a CPU: a multiple of 4, or of 16.
+
+    The rows that 16-bit operands leave behind blocks of AMX's 16 may go to a kernel of another
+    order: one or two of them where K is a multiple of 32, up to 15 where it is not
+    (scripts/bench/results/cpu-dot-rows.json).
+    """
+    narrow = jnp.dtype(dtype).itemsize == 2 and k % _AMX_K
+    multiple = _AMX_ROWS if narrow else MIN_ROWS
+    return -(-rows // multiple) * multiple
 
 
 def dot_rows(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "M N"]:
@@ -45,9 +58,9 @@ def dot_rows(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "
 
 
 def dot_whole(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float32[Array, "M N"]:
-    """The `whole` schedule: one dot, over a multiple of `MIN_ROWS` rows."""
-    m = x.shape[0]
-    return dot_rows(jnp.pad(x, ((0, -m % MIN_ROWS), (0, 0))), w)[:m]
+    """The `whole` schedule: one dot, over `padded_rows`."""
+    m, k = x.shape
+    return dot_rows(jnp.pad(x, ((0, padded_rows(m, k, x.dtype) - m), (0, 0))), w)[:m]
 
 
 def dot_tiled(

@@ -10,13 +10,16 @@ contracted dimension last, as checkpoints store them; [K, N] are their transpose
 `attention`: the same for the product of weights [M, 256] and values [256, D], the values as
 they lie in the cache or laid out anew as [D, 256], and whether both have the same bits at M = 256.
 
+`rows`: the M at which some row has other bits than the same row of 600 with weights [N, K]; N is a
+multiple of 64, the contracted dimension last in the weights or first.
+
 `reductions`: the same for a sum, a softmax and an RMSNorm over the last axis.
 
 `elementwise`: how many elements of up to 2,000 arrays of length n have other bits than in
 one array of 1,000,000 (`jnp` is XLA's own function, `jdet` that of pallas_kernels/trees.py).
 
-The schedules of `portable` rest on these figures: pallas_kernels/matmul/portable.py,
-pallas_kernels/attention/portable.py.
+The schedules of `portable` and of `jdet.batch_invariant` rest on these figures:
+pallas_kernels/matmul/portable.py, pallas_kernels/attention/portable.py, jdet/transform/dots.py.
 """
 
 import argparse
@@ -112,6 +115,35 @@ def dot_rows() -> Iterable[dict[str, Any]]:
                 }
 
 
+def row_rows() -> Iterable[dict[str, Any]]:
+    """Every row of many M, for both layouts of the weights."""
+    rng = np.random.default_rng(0)
+    heights = [*range(4, 70), 96, *range(127, 133), *range(193, 197), *range(255, 261), 449, 500]
+    for dtype in ("float32", "bfloat16"):
+        for k in (8, 16, 48, 100, 576, 1000, 1024, 1536, 4096):
+            x = rng.standard_normal((600, k)).astype(jnp.dtype(dtype))
+            for n in (64, 192, 1024):
+                w = rng.standard_normal((n, k)).astype(jnp.dtype(dtype))
+
+                def dot(x, w, contracted):
+                    dims = (((1,), (contracted,)), ((), ()))
+                    return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+                whole = bits(jax.jit(lambda x, w, f=dot: f(x, w, 1))(x, w))
+                for layout, weights, contracted in (("[N, K]", w, 1), ("[K, N]", w.T.copy(), 0)):
+                    f = jax.jit(lambda x, w, f=dot, c=contracted: f(x, w, c))
+                    other = [m for m in heights if (bits(f(x[:m], weights)) != whole[:m]).any()]
+                    yield {
+                        "N": n,
+                        "K": k,
+                        "weights": layout,
+                        "dtype": dtype,
+                        "M with other bits": other,
+                        "of": len(heights),
+                    }
+                    jax.clear_caches()
+
+
 def rms_norm(x):
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
 
@@ -178,6 +210,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parts = {
         "dots": dot_rows,
+        "rows": row_rows,
         "attention": attention_rows,
         "reductions": reduction_rows,
         "elementwise": elementwise_rows,

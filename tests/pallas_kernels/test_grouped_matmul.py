@@ -120,7 +120,9 @@ def test_height_of_a_tile_is_schedule(dtype, tile, operands, by_expert, assert_s
 
 
 def test_height_follows_the_average_group():
-    heights = [portable.cpu_tile(rows, 128) for rows in (1, 512, 1024, 2048, 65536)]
+    heights = [
+        portable.cpu_tile(rows, 128, 2048, jnp.bfloat16) for rows in (1, 512, 1024, 2048, 65536)
+    ]
     assert heights == [4, 4, 8, 16, 64]
 
 

@@ -106,12 +106,14 @@ def test_schedules_agree(shape, dtype, operands, assert_same_bits):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="`whole` is a schedule for CPUs")
-def test_last_rows_behind_a_block(dtype, operands, assert_same_bits):
-    """With AMX the one or two bfloat16 rows behind a block of 64 had bits of their own."""
+@pytest.mark.parametrize("k", [16, 48, 576])
+def test_last_rows_behind_a_block(dtype, k, operands, assert_same_bits):
+    """With AMX the one or two bfloat16 rows behind a block of 64 had bits of their own, and the
+    first where K leaves a rest of 32."""
     x, w, _ = operands(SHAPES["qkv"], dtype)
-    x, w = x[:130], w[:256]
+    x, w = x[:130, :k], w[:256, :k]
     whole, tiled = jit(portable.dot_whole), jit(portable.dot_tiled)(x, w)
-    for m in (63, 64, 65, 66, 67, 129, 130):
+    for m in (1, 4, 5, 6, 7, 8, 63, 64, 65, 66, 67, 129, 130):
         assert_same_bits(whole(x[:m], w), np.asarray(tiled)[:m], f"M={m}")
 
 
