@@ -9,7 +9,8 @@ The models are the modules of scripts/foreign_models, with random weights. Every
 alone; then batches of every size are drawn: rows, places and neighbours at random, garbage in the
 padding, in some half of the rows extreme values. Of each row, all outputs are compared bit for bit
 with the request's alone. Then the same with other amounts of padding. The plain model is the
-negative control: its row says how many of the batch sizes moved a bit.
+negative control: its row says how many of the batch sizes moved a bit, and where none did, that
+the row proves nothing.
 
 The difference between the two is given in units of the dtype's rounding of the largest output;
 beside it the plain model's own, between batch sizes. Times are medians of alternate runs of the
@@ -248,6 +249,7 @@ def show(row: dict[str, Any]) -> None:
             line += f" {kind} moved {r['rows_moved']}/{r['rows']} at {r['batch_sizes_moved']}"
             line += f" pads {r['paddings_moved']}" if r["paddings"] else ""
         line += f"; apart by {row['difference']['in_roundings']:.2f} roundings"
+        line += "" if row["plain"]["rows_moved"] else "; NO CONTROL: the plain model did not move"
     for at in row.get("times", ()):
         line += f"; B={at['batch']} run {at['run_ratio']:.2f}x compile {at['compile_ratio']:.2f}x"
     print(f"{line} {row.get('error', '')}".rstrip(), flush=True)

@@ -74,8 +74,11 @@ def _excluded(name: str, source: str, exclude: frozenset[str]) -> str:
 
 
 def _narrow(equation: core.JaxprEqn) -> bool:
-    """Makes a 16-bit float."""
-    dtypes = [getattr(v.aval, "dtype", None) for v in equation.outvars]
+    """Makes a 16-bit float, or converts one."""
+    atoms = list(equation.outvars)
+    if equation.primitive.name == "convert_element_type":
+        atoms += equation.invars
+    dtypes = [getattr(atom.aval, "dtype", None) for atom in atoms]
     return any(
         d is not None and jnp.issubdtype(d, jnp.floating) and d.itemsize == 2 for d in dtypes
     )
@@ -118,8 +121,6 @@ def choose(equation: core.JaxprEqn, rules: Rules, source: str) -> Choice:
         return Choice(TWIN, "elementwise; its derivative sums where an operand is broadcast")
     if name in harmless.EXACT:
         return Choice(KEEP, "exact or elementwise")
-    if name in harmless.SERIES:
-        return Choice(KEEP, "elementwise")
     if name in harmless.KEYS:
         return Choice(KEEP, "keys")
     if name in harmless.RANDOM:

@@ -1,39 +1,50 @@
 """dot_general with a tree that depends on the contracted extent and the dtypes alone.
 
-Tree: the operands as [batch, M, K] and [batch, N, K], K the contracted axes in the order in which
-they are named; K cut into `leaves` parts where it divides; products and sums of a part in
-float32 (float64 for float64) in the order of the backend's kernel for one class of shapes; the
-parts in a balanced tree; one rounding to the result's dtype. Integers are exact in any order.
+Tree: the operands as matrices, K the contracted axes in the order in which they are named; K cut
+into `leaves` parts where it divides; products and sums of a part in float32 (float64 for float64)
+in the order of the backend's kernel for one class of shapes; the parts in a balanced tree; one
+rounding to the result's dtype. Integers are exact in any order.
 
 Schedules:
 
-- CPU, 32 bits or less: one dot for all, as [M, K] x [N, K]. XLA:CPU's YNNPACK picks its kernel,
-  and with it the order over K, by N: with the contracted axis minor in both, N padded to a multiple
-  of `WIDE` and M to at least `MIN_ROWS` it was one and the same for every shape tried, batched or
-  not. So the operand that is cheaper to pad stands on the right. Barriers keep XLA from folding
-  the transposes that bring K last into the dot, and so from handing it another layout. 16-bit
-  operands are widened first (their products are exact in float32): the 16-bit kernels follow M.
+- CPU, 32 bits or less: one dot for all. XLA:CPU's YNNPACK sums in blocks of K whose length
+  follows from how the right operand [N, K] or [K, N] is packed, and that from K and N: where N is
+  a multiple of `WIDE`, from K alone. It packs [N, K] always, [K, N] where M is some ten times a
+  kernel's height (`PACKED_ROWS`); otherwise the blocks follow M, but see `_unpacked_alike`. So
+  either operand may stand on the right, as it lies in memory, with its other axis padded to
+  `WIDE`; the one that costs less does. The left one has K last, and rows by `padded_rows`.
+  Barriers keep XLA from folding a transposition into the dot where the other layout would not
+  have rows enough. bfloat16 is multiplied as it is, float16 is widened. (The rules of blocks and
+  packing: ynnpack/subgraph/dot.cc, github.com/google/XNNPACK; measured:
+  scripts/bench/results/cpu-dot-rows.json.)
 - elsewhere: dots of one fixed tile under `lax.map`, so that no library can see the shape.
 - `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend import core
+from jax.typing import DTypeLike
 
 from jdet.pallas_kernels import implementation_of
+from jdet.pallas_kernels.matmul.portable import MIN_ROWS, padded_rows
 from jdet.pallas_kernels.trees import balanced_sum
-from jdet.transform.fixed import Fixed, alone, inexact, is_float, narrowed, wide
+from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide, widened
 from jdet.transform.rules import Rules
 
-WIDE = 128
-MIN_ROWS = 4
+WIDE = 64
+PACKED_ROWS = 64
+LONG = 1024
 TILE = (64, 256)
+# Moving an element of an operand costs about as many multiplications.
+_MOVE = 32
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 # Presets whose sums are in float32 (or float64) and whose products are exact in it.
@@ -81,34 +92,98 @@ def uses_kernel(implementation: str, dtypes: tuple[Any, Any], k: int, leaves: in
     return implementation == "mosaic_gpu" and halves and k > 0 and (k // leaves) % 8 == 0
 
 
-def _pad(x: Array, rows: int) -> Array:
-    """x [B, M, K] with zero rows up to `rows`."""
-    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))) if rows > x.shape[1] else x
+class Matrix(NamedTuple):
+    """An operand, [B, F, K] where `k_last`, else [B, K, F]: as it lies in memory."""
+
+    array: Array
+    k_last: bool = True
+
+    @property
+    def free(self) -> int:
+        return self.array.shape[1 if self.k_last else 2]
+
+    def rows(self) -> Array:
+        """[B, F, K]"""
+        return self.array if self.k_last else self.array.swapaxes(1, 2)
+
+    def split(self, leaves: int) -> "list[Matrix]":
+        """In equal parts of K."""
+        parts = jnp.split(self.array, leaves, 2 if self.k_last else 1)
+        return [Matrix(part, self.k_last) for part in parts]
+
+    def map(self, f: Callable[[Array], Array]) -> "Matrix":
+        return Matrix(f(self.array), self.k_last)
+
+
+def _pad(x: Array, extent: int, axis: int = 1) -> Array:
+    """x with zeros up to `extent` along an axis."""
+    missing = extent - x.shape[axis]
+    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths) if missing > 0 else x
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _product(x: Array, y: Array) -> Array:
+def _product(x: Array, y: Array, out: DTypeLike, k_last: bool = True) -> Array:
     return lax.dot_general(
         x,
         y,
-        (((2,), (2,)), ((0,), (0,))),
+        (((2,), (2 if k_last else 1,)), ((0,), (0,))),
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=x.dtype,
+        preferred_element_type=out,
     )
 
 
-def whole(x: Array, y: Array) -> Array:
+@functools.cache
+def _unpacked_alike(dtype: DTypeLike) -> bool:
+    """Whether a right operand [K, N] has the bits of a packed one where M would not have it packed.
+
+    From K = `LONG` on, its blocks are those of `WIDE` columns whatever M and N are, and so are
+    the packed one's if a kernel is `WIDE` wide (AVX-512); or it is packed in any case (bfloat16
+    with AMX). One small product tells.
+    """
+    rng = np.random.default_rng(0)
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
+        x, w = (rng.standard_normal((1, n, LONG)).astype(dtype) for n in (MIN_ROWS, WIDE))
+        packed = jax.jit(functools.partial(_product, out=np.float32))(x, w)
+        unpacked = jax.jit(functools.partial(_product, out=np.float32, k_last=False))
+        return bool((packed == unpacked(x, w.swapaxes(1, 2).copy())).all())
+
+
+def _extents(left: Matrix, right: Matrix) -> tuple[int, int]:
+    """The rows and columns of the dot that is made of left x right."""
+    k, dtype = left.array.shape[2 if left.k_last else 1], left.array.dtype
+    rows = padded_rows(left.free, k, dtype)
+    if not right.k_last and not (k >= LONG and _unpacked_alike(dtype)):
+        rows = max(rows, PACKED_ROWS)
+    return rows, _up(right.free, WIDE)
+
+
+def _cost(left: Matrix, right: Matrix) -> int:
+    """Of one column of K, in multiplications."""
+    rows, columns = _extents(left, right)
+    moved = (0 if left.k_last else left.free) + (right.free if columns > right.free else 0)
+    return rows * columns + _MOVE * moved
+
+
+def whole(x: Matrix, y: Matrix, out: DTypeLike) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] on a CPU, in one dot of padded extents."""
-    m, n = x.shape[1], y.shape[1]
-    if _up(m, WIDE) * max(n, MIN_ROWS) < max(m, MIN_ROWS) * _up(n, WIDE):
-        return whole(y, x).swapaxes(1, 2)
-    x, y = _pad(alone(x), max(m, MIN_ROWS)), _pad(alone(y), _up(n, WIDE))
-    x, y = lax.optimization_barrier((x, y))
-    # One pair is a plain dot to XLA in any case.
-    return lax.optimization_barrier(_product(x, y))[:, :m, :n]
+    if _cost(y, x) < _cost(x, y):
+        return _whole(y, x, out).swapaxes(1, 2)
+    return _whole(x, y, out)
+
+
+def _whole(left: Matrix, right: Matrix, out: DTypeLike) -> Array:
+    rows, columns = _extents(left, right)
+    x = _pad(left.rows(), rows)
+    y = _pad(right.array, columns, 1 if right.k_last else 2)
+    x = lax.optimization_barrier(x)
+    if right.k_last:
+        y = lax.optimization_barrier(y)
+    made = lax.optimization_barrier(_product(x, y, out, right.k_last))
+    return made[:, : left.free, : right.free]
 
 
 def tiled(x: Array, y: Array) -> Array:
@@ -122,56 +197,65 @@ def tiled(x: Array, y: Array) -> Array:
         batch, place = i // (rows * columns), i % (rows * columns)
         left = lax.dynamic_index_in_dim(xs, batch * rows + place // columns, keepdims=False)
         right = lax.dynamic_index_in_dim(ys, batch * columns + place % columns, keepdims=False)
-        return _product(*lax.optimization_barrier((left, right)))[0]
+        return _product(*lax.optimization_barrier((left, right)), x.dtype)[0]
 
     out = lax.map(one, jnp.arange(b * rows * columns, dtype=jnp.int32))
     out = out.reshape(b, rows, columns, *TILE).transpose(0, 1, 3, 2, 4)
     return out.reshape(b, rows * TILE[0], columns * TILE[1])[:, :m, :n]
 
 
-def contract(x: Array, y: Array, platform: str | None, rules: Rules, out: Any) -> Array:
+def contract(x: Matrix, y: Matrix, platform: str | None, rules: Rules, out: Any) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] of dtype `out`: see the module."""
-    (b, m, k), n = x.shape, y.shape[1]
+    m, n = x.free, y.free
+    b, k = x.array.shape[0], x.array.shape[2 if x.k_last else 1]
     if 0 in (b, m, n, k):
         return jnp.zeros((b, m, n), out)
     leaves = rules.leaves if k % rules.leaves == 0 else 1
-    if platform is None and uses_kernel(rules.implementation, (x.dtype, y.dtype), k, leaves):
-        matmul = implementation_of("matmul", "mosaic_gpu")
-        pairs = [matmul(x[i], y[i], leaves=leaves, out_dtype=jnp.float32) for i in range(b)]
+    dtypes = x.array.dtype, y.array.dtype
+    if platform is None and uses_kernel(rules.implementation, dtypes, k, leaves):
+        matmul, xs, ys = implementation_of("matmul", "mosaic_gpu"), x.rows(), y.rows()
+        pairs = [matmul(xs[i], ys[i], leaves=leaves, out_dtype=jnp.float32) for i in range(b)]
         return narrowed(jnp.stack(pairs), out)
-    dtype = wide(jnp.promote_types(x.dtype, y.dtype))
+    dtype = wide(jnp.promote_types(*dtypes))
     if jnp.dtype(out).itemsize > dtype.itemsize and is_float(out):
         dtype = jnp.dtype(out)
-    x, y = x.astype(dtype), y.astype(dtype)
+    in_halves = (
+        platform == "cpu" and set(dtypes) == {jnp.dtype(jnp.bfloat16)} and dtype.itemsize == 4
+    )
+    if not in_halves:
+        x, y = (matrix.map(lambda a: widened(a, dtype)) for matrix in (x, y))
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        real = _parts(x, y, platform, leaves)
-        return real.astype(out)
-    one = whole if platform == "cpu" and dtype.itemsize <= 4 else tiled
-    parts = [
-        one(xs, ys) for xs, ys in zip(jnp.split(x, leaves, 2), jnp.split(y, leaves, 2), strict=True)
-    ]
+        return _parts(x, y, platform, leaves).astype(out)
+    pairs = zip(x.split(leaves), y.split(leaves), strict=True)
+    if platform == "cpu" and dtype.itemsize <= 4:
+        parts = [whole(xs, ys, dtype) for xs, ys in pairs]
+    else:
+        parts = [tiled(xs.rows(), ys.rows()) for xs, ys in pairs]
     return narrowed(balanced_sum(parts), out)
 
 
-def _parts(x: Array, y: Array, platform: str | None, leaves: int) -> Array:
+def _parts(x: Matrix, y: Matrix, platform: str | None, leaves: int) -> Array:
     """A complex product of four real ones."""
     rules = Rules(leaves=leaves)
-    dtype = x.real.dtype
+    dtype = x.array.real.dtype
 
-    def product(a: Array, b: Array) -> Array:
-        return contract(a, b, platform, rules, dtype)
+    def product(f: Callable[[Array], Array], g: Callable[[Array], Array]) -> Array:
+        return contract(x.map(f), y.map(g), platform, rules, dtype)
 
-    real = product(x.real, y.real) - product(x.imag, y.imag)
-    return lax.complex(real, product(x.real, y.imag) + product(x.imag, y.real))
+    real = product(jnp.real, jnp.real) - product(jnp.imag, jnp.imag)
+    return lax.complex(real, product(jnp.real, jnp.imag) + product(jnp.imag, jnp.real))
 
 
-def _matrix(x: Array, batch: Sequence[int], contracted: Sequence[int]) -> tuple[Array, list[int]]:
-    """x as [batch, free, contracted], and its free axes."""
+def _matrix(x: Array, batch: Sequence[int], contracted: Sequence[int]) -> tuple[Matrix, list[int]]:
+    """x as a matrix, and its free axes."""
     free = [i for i in range(x.ndim) if i not in batch and i not in contracted]
-    x = x.transpose(*batch, *free, *contracted)
-    sizes = [math.prod(x.shape[: len(batch)])]
-    sizes.append(math.prod(x.shape[len(batch) : len(batch) + len(free)]))
-    return x.reshape(*sizes, math.prod(x.shape[len(batch) + len(free) :])), free
+    k_last = not free or x.ndim - 1 not in free
+    inner = (free, contracted) if k_last else (contracted, free)
+    x = x.transpose(*batch, *inner[0], *inner[1])
+    extents = [math.prod(x.shape[: len(batch)])]
+    extents.append(math.prod(x.shape[len(batch) : len(batch) + len(inner[0])]))
+    extents.append(math.prod(x.shape[len(batch) + len(inner[0]) :]))
+    return Matrix(x.reshape(extents), k_last), free
 
 
 def _lower(

@@ -72,6 +72,21 @@ def narrowed(x: Array, dtype: DTypeLike) -> Array:
     return x.astype(dtype)
 
 
+def widened(x: Array, dtype: DTypeLike) -> Array:
+    """x in `dtype`, and as it is rounded now.
+
+    XLA adds 16-bit floats in float32, and where the sum meets a conversion back in one fusion it
+    may drop the rounding between. Sums of jax's own, of cotangents, are no twins, so whoever
+    reads a 16-bit float rounds it once more, by an operation that XLA does not drop.
+    """
+    dtype, narrow = jnp.dtype(dtype), x.dtype
+    x = x.astype(dtype)
+    if is_float(narrow) and is_float(dtype) and narrow.itemsize == 2 < dtype.itemsize:
+        info = jnp.finfo(narrow)
+        x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return x
+
+
 def alone(x: Array) -> Array:
     """x, whose last product no compiler may contract into a following sum (an FMA)."""
     if not is_float(x.dtype):

@@ -41,9 +41,10 @@ ROUNDED = SERIES | frozenset(
     """.split()
 )
 
-# Products, which LLVM contracts into a sum that follows (an FMA, one rounding for two): of two
-# products that meet in a sum, which one depends on what else the fusion holds.
-PRODUCTS = frozenset("mul square integer_pow".split())
+# What ends in a product, or may (XLA multiplies by the reciprocal of a constant divisor). LLVM
+# contracts a product into a sum that follows (an FMA, one rounding for two), and whether it does,
+# or which of two products it takes, depends on what else the fusion holds.
+PRODUCTS = SERIES | frozenset("div mul square integer_pow".split())
 
 # Exact, but their transposes or derivatives sum: twins, so that those sums have a fixed tree.
 SUMMED_BACKWARD = frozenset(

@@ -38,6 +38,11 @@ def _refuses(equation: core.JaxprEqn) -> str:
     return dots.refuses(equation)
 
 
+def _product(x: Array, y: Array, platform: str | None, rules: Rules, out: Any) -> Array:
+    """[M, K] x [N, K] -> [M, N]"""
+    return dots.contract(dots.Matrix(x[None]), dots.Matrix(y[None]), platform, rules, out)[0]
+
+
 def _lower(
     primitive: core.Primitive,
     platform: str | None,
@@ -60,7 +65,7 @@ def _lower(
 
         def one(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
             weights, start, end = group
-            made = dots.contract(x[None], weights[None], platform, rules, aval.dtype)[0]
+            made = _product(x, weights, platform, rules, aval.dtype)
             return jnp.where(((row >= start) & (row < end))[:, None], made, y), None
 
         start = jnp.zeros((x.shape[0], w.shape[1]), aval.dtype)
@@ -73,7 +78,7 @@ def _lower(
         inside = (place >= group[0]) & (place < group[1])
         left = jnp.where(inside, x, jnp.zeros((), x.dtype))
         right = jnp.where(inside, w, jnp.zeros((), w.dtype))
-        return dots.contract(left[None], right[None], platform, rules, aval.dtype)[0]
+        return _product(left, right, platform, rules, aval.dtype)
 
     return lax.map(masked, (ends - sizes, ends))
 

@@ -58,12 +58,22 @@ PROGRAMS = {
     "dot, batch in a batch dimension": lambda x: jnp.einsum("btd,bsd->bts", x, x),
     "dot, one column": lambda x: x @ weights(D),
     "dot of vmap": jax.vmap(lambda row: weights(1000, D) @ row[0]),
+    "dot, weights turned": lambda x: x @ weights(40, D).T,
+    "dot, K past 1024": lambda x: jnp.tile(x, (1, 1, 12)) @ weights(12 * D, 40),
     "einsum over two axes": lambda x: jnp.einsum("btd,tde->be", x, weights(T, D, 7)),
     "sums": lambda x: x.sum(-1) + x.mean((1, 2))[:, None] - x.std(-1),
     "softmax": lambda x: jax.nn.log_softmax(x, -1) + jax.nn.softmax(x, 1),
     "cumulative": lambda x: jnp.cumsum(x, -1) + lax.cumlogsumexp(x, axis=1),
     "conv": lambda x: lax.conv_general_dilated(
         x, weights(3, D, 8), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    ),
+    "depthwise conv": lambda x: lax.conv_general_dilated(
+        x,
+        weights(3, 1, D),
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=D,
     ),
     "scatter": jax.vmap(lambda row: jnp.zeros((3, D)).at[jnp.array([0, 1, 1, 2, 1])].add(row)),
     "sort, top_k and argmax": lambda x: (
@@ -77,6 +87,10 @@ PROGRAMS = {
     "attention": lambda x: jax.nn.dot_product_attention(*[x[:, :, None]] * 3),
     "rope": rope,
     "bfloat16": lambda x: (x.astype(jnp.bfloat16) @ weights(D, 40).astype(jnp.bfloat16)).sum(-1),
+    # AMX takes 32 of K at once.
+    "bfloat16, a rest of K": lambda x: (
+        x[..., :48].astype(jnp.bfloat16) @ weights(48, 40).astype(jnp.bfloat16)
+    ).astype(jnp.float32),
 }
 
 
@@ -173,6 +187,17 @@ def test_random_programs(seed):
     """A share of scripts/check_transform.py: 500 programs and their gradients."""
     program = random_program(random.Random(seed).choice, seed)
     f = jax.jit(jdet.batch_invariant(program))
+    found = {np.asarray(f(program.rows(seed, size))[0]).tobytes() for size in (1, 2, 9, 33)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("seed", [109, 138])
+def test_programs_that_moved(seed):
+    """109: a sum of cotangents, which jax adds itself, kept more bits where XLA fused it.
+    138: a division by a constant became a product, and that product a part of an FMA."""
+    program = random_program(random.Random(seed).choice, seed)
+    fixed = jdet.batch_invariant(program)
+    f = jax.jit(lambda x: jax.vjp(fixed, x)[1](jnp.sin(fixed(x)))[0])
     found = {np.asarray(f(program.rows(seed, size))[0]).tobytes() for size in (1, 2, 9, 33)}
     assert len(found) == 1
 
