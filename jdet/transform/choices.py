@@ -74,11 +74,8 @@ def _excluded(name: str, source: str, exclude: frozenset[str]) -> str:
 
 
 def _narrow(equation: core.JaxprEqn) -> bool:
-    """Makes a 16-bit float, or converts one."""
-    atoms = list(equation.outvars)
-    if equation.primitive.name == "convert_element_type":
-        atoms += equation.invars
-    dtypes = [getattr(atom.aval, "dtype", None) for atom in atoms]
+    """Makes a 16-bit float."""
+    dtypes = [getattr(v.aval, "dtype", None) for v in equation.outvars]
     return any(
         d is not None and jnp.issubdtype(d, jnp.floating) and d.itemsize == 2 for d in dtypes
     )

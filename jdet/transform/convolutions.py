@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from jdet.transform import dots
-from jdet.transform.fixed import Fixed, alone, narrowed, wide, widened
+from jdet.transform.fixed import Fixed, alone, narrowed, wide
 from jdet.transform.rules import Rules
 
 
@@ -68,7 +68,7 @@ def _axes(kernel: Sequence[int], params: dict[str, Any]) -> list[_Axis]:
 def _depthwise(x: Array, w: Array, axes: Sequence[_Axis], out: Any) -> Array:
     """x [N, *space, C], w [*kernel, C] -> [N, *positions, C]."""
     dtype = wide(jnp.promote_types(x.dtype, w.dtype))
-    x, w = widened(x, dtype), widened(w, dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
     positions = [axis.positions(x) for axis in axes]
     y = jnp.zeros((x.shape[0], *positions, x.shape[-1]), dtype)
     for place in itertools.product(*(range(axis.extent) for axis in axes)):

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from jdet.transform.elementwise import exp
-from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide, widened
+from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide
 from jdet.transform.reductions import COMBINE
 from jdet.transform.rules import Rules
 
@@ -54,7 +54,7 @@ def _lower(
     if not inexact(x):
         return primitive.bind(x, **params)
     made = scan_axis(
-        alone(widened(x, wide(x.dtype))), params["axis"], primitive.name, params["reverse"]
+        alone(x.astype(wide(x.dtype))), params["axis"], primitive.name, params["reverse"]
     )
     return narrowed(made, x.dtype)
 

@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 from jdet.pallas_kernels import implementation_of
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS, padded_rows
 from jdet.pallas_kernels.trees import balanced_sum
-from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide, widened
+from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide
 from jdet.transform.rules import Rules
 
 WIDE = 64
@@ -197,7 +197,8 @@ def tiled(x: Array, y: Array) -> Array:
         batch, place = i // (rows * columns), i % (rows * columns)
         left = lax.dynamic_index_in_dim(xs, batch * rows + place // columns, keepdims=False)
         right = lax.dynamic_index_in_dim(ys, batch * columns + place % columns, keepdims=False)
-        return _product(*lax.optimization_barrier((left, right)), x.dtype)[0]
+        left, right = lax.optimization_barrier((left, right))
+        return _product(left, right, x.dtype)[0]
 
     out = lax.map(one, jnp.arange(b * rows * columns, dtype=jnp.int32))
     out = out.reshape(b, rows, columns, *TILE).transpose(0, 1, 3, 2, 4)
@@ -223,7 +224,7 @@ def contract(x: Matrix, y: Matrix, platform: str | None, rules: Rules, out: Any)
         platform == "cpu" and set(dtypes) == {jnp.dtype(jnp.bfloat16)} and dtype.itemsize == 4
     )
     if not in_halves:
-        x, y = (matrix.map(lambda a: widened(a, dtype)) for matrix in (x, y))
+        x, y = (matrix.map(lambda a: a.astype(dtype)) for matrix in (x, y))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return _parts(x, y, platform, leaves).astype(out)
     pairs = zip(x.split(leaves), y.split(leaves), strict=True)

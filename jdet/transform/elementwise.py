@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from jdet.pallas_kernels import trees
-from jdet.transform.fixed import Fixed, is_float, narrowed, widened
+from jdet.transform.fixed import Fixed, is_float, narrowed
 from jdet.transform.rules import Rules
 
 _E44 = 1.2851600114359308e19
@@ -92,21 +92,18 @@ def narrow(dtype: Any) -> bool:
 
 
 def convert(primitive: core.Primitive, x: Array, params: dict[str, Any]) -> Array:
-    """convert_element_type, to and from 16-bit floats with a rounding that stays."""
+    """convert_element_type with a rounding that stays."""
     out = jnp.dtype(params["new_dtype"])
-    if x.dtype != out and narrow(x.dtype):
-        x = widened(x, jnp.float32)
     if x.dtype != out and narrow(out):
-        info = jnp.finfo(out)
-        x = x if is_float(x.dtype) else x.astype(jnp.float32)
-        x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        wide = is_float(x.dtype) and not narrow(x.dtype)
+        return narrowed(x if wide else x.astype(jnp.float32), out)
     return primitive.bind(x, **params)
 
 
 def rounded(primitive: core.Primitive, args: Sequence[Array], params: dict[str, Any]) -> Array:
     """A 16-bit operation computed in float32."""
     aval, _ = primitive.abstract_eval(*map(jax.typeof, args), **params)
-    wider = [widened(x, jnp.float32) if narrow(x.dtype) else x for x in args]
+    wider = [x.astype(jnp.float32) if narrow(x.dtype) else x for x in args]
     return narrowed(primitive.bind(*wider, **params), aval.dtype)
 
 
@@ -119,7 +116,7 @@ def _lower(
 ) -> Array:
     del rules
     [x] = args
-    wider = widened(x, jnp.float32) if narrow(x.dtype) else x
+    wider = x.astype(jnp.float32) if narrow(x.dtype) else x
     form = _FORMS[primitive.name]
     made = form(wider) if platform == "cpu" else primitive.bind(wider, **params)
     return narrowed(made, x.dtype)

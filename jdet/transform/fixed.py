@@ -65,26 +65,17 @@ def is_float(dtype: DTypeLike) -> bool:
 
 
 def narrowed(x: Array, dtype: DTypeLike) -> Array:
-    """x rounded to `dtype` by an operation that XLA does not drop, excess precision or not."""
+    """x rounded to `dtype` by an operation that XLA does not drop, excess precision or not.
+
+    To float16 by what ends a fusion: a chain of its `reduce_precision`s in one takes LLVM's loop
+    vectorizer a time exponential in its length.
+    """
     if is_float(dtype) and is_float(x.dtype) and jnp.dtype(dtype).itemsize == 2 < x.dtype.itemsize:
+        if dtype == jnp.float16:
+            return lax.optimization_barrier(x.astype(dtype))
         info = jnp.finfo(dtype)
         x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     return x.astype(dtype)
-
-
-def widened(x: Array, dtype: DTypeLike) -> Array:
-    """x in `dtype`, and as it is rounded now.
-
-    XLA adds 16-bit floats in float32, and where the sum meets a conversion back in one fusion it
-    may drop the rounding between. Sums of jax's own, of cotangents, are no twins, so whoever
-    reads a 16-bit float rounds it once more, by an operation that XLA does not drop.
-    """
-    dtype, narrow = jnp.dtype(dtype), x.dtype
-    x = x.astype(dtype)
-    if is_float(narrow) and is_float(dtype) and narrow.itemsize == 2 < dtype.itemsize:
-        info = jnp.finfo(narrow)
-        x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return x
 
 
 def alone(x: Array) -> Array:

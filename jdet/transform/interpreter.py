@@ -7,7 +7,7 @@ they are traced when jax asks for them, and rewritten then.
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.tree_util import tree_flatten, tree_unflatten
 
 from jdet.compat import equation_context, source_of, trace_jaxpr, wrap_function
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
+from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
 from jdet.transform.twins import original, twin
 
@@ -104,18 +105,30 @@ def _opaque(leaf: Any) -> bool:
 
 def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
     """The outputs of a closed jaxpr on `args`."""
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
+    values: dict[Any, Any] = {}
+    copies: dict[Any, Iterator[Any]] = {}
+    counts = readers(jaxpr)
+
+    def define(variables: Sequence[Any], made: Sequence[Any]) -> None:
+        for variable, value in zip(variables, made, strict=True):
+            values[variable] = value
+            if counts[variable] > 1:
+                copies[variable] = fanned(value, counts[variable], run.rules)
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        if isinstance(atom, core.Literal):
+            return atom.val
+        return next(copies[atom]) if atom in copies else values[atom]
+
+    define(jaxpr.constvars, jaxpr.consts)
+    define(jaxpr.invars, args)
 
     for equation in jaxpr.eqns:
         with equation_context(equation):
             results = _bind(equation, [read(atom) for atom in equation.invars], run)
         if not equation.primitive.multiple_results:
             results = [results]
-        values.update(zip(equation.outvars, results, strict=True))
+        define(equation.outvars, results)
     return [read(atom) for atom in jaxpr.outvars]
 
 

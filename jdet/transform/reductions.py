@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jax.extend import core
 
-from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide, widened
+from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide
 from jdet.transform.rules import Rules
 
 LANES = 16
@@ -108,7 +108,7 @@ def _lower(kind: str) -> Any:
         [x] = args
         if not inexact(x):
             return primitive.bind(x, **params)
-        made = reduce_axes(alone(widened(x, wide(x.dtype))), params["axes"], kind)
+        made = reduce_axes(alone(x.astype(wide(x.dtype))), params["axes"], kind)
         return narrowed(made, x.dtype)
 
     return lower

@@ -14,7 +14,7 @@ from typing import Any
 from jax import Array, lax
 from jax.extend import core
 
-from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide, widened
+from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide
 from jdet.transform.rules import Rules
 
 _SCATTER = {
@@ -69,7 +69,7 @@ def _lower(
         )
 
     dtype = wide(x.dtype)
-    operands = (widened(x, dtype), indices, alone(widened(updates, dtype)))
+    operands = (x.astype(dtype), indices, alone(updates.astype(dtype)))
     if platform == "cpu" or unique:
         return narrowed(scatter(*operands), x.dtype)
     return narrowed(_in_order(scatter, *operands, numbers), x.dtype)

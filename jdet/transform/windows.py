@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
-from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide, widened
+from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wide
 from jdet.transform.reductions import COMBINE, highest, lowest
 from jdet.transform.rules import Rules
 
@@ -71,7 +71,7 @@ def _lower(kind: str) -> Any:
         [x] = args
         if not inexact(x):
             return primitive.bind(x, **params)
-        wider = alone(widened(x, wide(x.dtype)))
+        wider = alone(x.astype(wide(x.dtype)))
         wider = _padded(wider, identity(wider.dtype), params)
         [made] = over_windows((wider,), lambda a, b: (combine(a[0], b[0]),), params)
         return narrowed(made, x.dtype)
@@ -145,7 +145,7 @@ def _scatter_add(
     padded = _padded(x, fill(x.dtype), params)
     places = lax.iota(jnp.int32, padded.size).reshape(padded.shape)
     _, chosen = over_windows((padded, places), combine, params)
-    wider = alone(widened(source, wide(source.dtype)))
+    wider = alone(source.astype(wide(source.dtype)))
     total = jnp.zeros(padded.shape, wider.dtype)
     strides = params["window_strides"]
     for place in itertools.product(*map(range, params["window_dimensions"])):
