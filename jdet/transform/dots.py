@@ -177,13 +177,18 @@ def whole(x: Matrix, y: Matrix, out: DTypeLike) -> Array:
 
 def _whole(left: Matrix, right: Matrix, out: DTypeLike) -> Array:
     rows, columns = _extents(left, right)
-    x = _pad(left.rows(), rows)
-    y = _pad(right.array, columns, 1 if right.k_last else 2)
-    x = lax.optimization_barrier(x)
-    if right.k_last:
-        y = lax.optimization_barrier(y)
+    x = _placed(_pad(left.rows(), rows))
+    y = _placed(_pad(right.array, columns, 1 if right.k_last else 2))
     made = lax.optimization_barrier(_product(x, y, out, right.k_last))
     return made[:, : left.free, : right.free]
+
+
+def _placed(x: Array) -> Array:
+    """x as it is written, row by row: XLA may not fold a transposition of it into the dot.
+
+    One axis has one layout; behind it the extents are a view.
+    """
+    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 
 def tiled(x: Array, y: Array) -> Array:

@@ -100,6 +100,16 @@ def convert(primitive: core.Primitive, x: Array, params: dict[str, Any]) -> Arra
     return primitive.bind(x, **params)
 
 
+def divided(x: Array, y: Array) -> tuple[Array, Array]:
+    """The operands of x / y so that XLA divides.
+
+    By a constant, or by what is broadcast, it would multiply by the reciprocal, which is another
+    number; and what is broadcast, or constant, follows from which extents are 1. A divisor that
+    depends on x is neither.
+    """
+    return (x, jnp.where(x != x, jnp.asarray(jnp.nan, y.dtype), y)) if is_float(y.dtype) else (x, y)
+
+
 def rounded(primitive: core.Primitive, args: Sequence[Array], params: dict[str, Any]) -> Array:
     """A 16-bit operation computed in float32."""
     aval, _ = primitive.abstract_eval(*map(jax.typeof, args), **params)

@@ -79,6 +79,14 @@ PROGRAMS = {
     "sort, top_k and argmax": lambda x: (
         lax.top_k(jnp.sort(x, axis=1), 3)[0] + x.argmax(-1)[..., None].astype(x.dtype)
     ),
+    # By the reciprocal, where the divisor is constant or broadcast: by the shapes, to plain XLA.
+    "divisions": lambda x: (
+        x[:, :1, :1] / jnp.arange(1, 9, dtype=jnp.float32) + x[:, :1].mean(-1, keepdims=True)
+    ),
+    "divisions, bfloat16": lambda x: (
+        (x[:, :1, :1] / jnp.arange(1, 9, dtype=jnp.float32)).astype(jnp.bfloat16)
+        / jnp.arange(3, 11, dtype=jnp.bfloat16)
+    ),
     "scan": lambda x: lax.scan(scan_cell, x[:, 0], x.swapaxes(0, 1))[1].T,
     "while": lambda x: lax.fori_loop(0, 2, lambda i, y: jnp.sin(y @ weights(D, D)), x),
     "cond and jit": lambda x: lax.cond(True, jax.jit(lambda y: y @ weights(D, D)), jnp.exp, x),
