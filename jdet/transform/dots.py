@@ -186,8 +186,11 @@ def _whole(left: Matrix, right: Matrix, out: DTypeLike) -> Array:
 def _placed(x: Array) -> Array:
     """x as it is written, row by row: XLA may not fold a transposition of it into the dot.
 
-    One axis has one layout; behind it the extents are a view.
+    One axis has one layout; behind it the extents are a view. An array whose axes are sharded
+    explicitly can have no such axis.
     """
+    if any(jax.typeof(x).sharding.spec):
+        return lax.optimization_barrier(x)
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 
