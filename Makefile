@@ -103,7 +103,7 @@ check-foreign-models: .venv-models/.jdet-env
 # scripts/batch_invariant_story.py as a notebook with its outputs.
 story: .venv-models/.jdet-env
 	cd scripts && PATH="$(CURDIR)/.venv-models/bin:$$PATH" JAX_PLATFORMS=cpu \
-	  jupytext --quiet --to ipynb --execute batch_invariant_story.py
+	  jupytext --quiet --set-kernel python3 --to ipynb --execute batch_invariant_story.py
 
 lint: env
 	$(BIN)/ruff check
