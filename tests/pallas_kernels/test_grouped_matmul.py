@@ -124,6 +124,7 @@ def test_height_follows_the_average_group():
         portable.cpu_tile(rows, 128, 2048, jnp.bfloat16) for rows in (1, 512, 1024, 2048, 65536)
     ]
     assert heights == [4, 4, 8, 16, 64]
+    assert portable.cpu_tile(1, 128, 48, jnp.bfloat16) == 16, "a K that AMX leaves a rest of"
 
 
 @pytest.mark.parametrize("name", ["grouped_matmul", "grouped_gated_matmul"])
