@@ -49,3 +49,16 @@ def trace_jaxpr(function: Callable[..., Any], avals: Sequence[Any], like: Any = 
     wrapped = linear_util.wrap_init(function, debug_info=debug)
     jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, list(avals))
     return core.ClosedJaxpr(jaxpr, consts)
+
+
+def shard_map_of(equation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under `jax.shard_map` with the mesh and the specs of an equation that is one."""
+    params = equation.params
+    return jax.shard_map(
+        function,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=params["out_specs"],
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )

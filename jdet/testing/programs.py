@@ -194,12 +194,51 @@ def _control(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
     return kind, forms[kind]
 
 
+def _turned(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
+    """Weights that lie the other way than the dot reads them, and sums past 1024."""
+    e = pick((1, 5, 16, 65))
+    kind = pick(("x@w.T", "halves", "tied", "rows turned", "turned by einsum", "wide", "wide w.T"))
+    kernel, up, down = w(e, d, fan=d), w(1030, d, fan=d), w(e, 1030, fan=1030)
+    forms = {
+        "x@w.T": lambda x: x @ kernel.T,
+        "halves": lambda x: (x.astype(jnp.bfloat16) @ kernel.T.astype(jnp.bfloat16)).astype(
+            x.dtype
+        ),
+        "tied": lambda x: (x @ kernel.T) @ kernel,
+        "rows turned": lambda x: jnp.einsum("bdt,de->bte", x.swapaxes(1, 2), kernel.T),
+        "turned by einsum": lambda x: jnp.einsum("ed,btd->ebt", kernel, x).transpose(1, 2, 0),
+        "wide": lambda x: jnp.tanh(x @ up.T) @ down.T,
+        "wide w.T": lambda x: jnp.einsum("btu,ue->bte", x @ up.T, down.T.copy()),
+    }
+    return f"{kind} {e}", forms[kind]
+
+
+def _divide(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
+    """By what is constant or broadcast: XLA multiplies by the reciprocal of such a divisor."""
+    kind = pick(("number", "numbers", "weights", "by numbers", "mean", "by its norm", "of weights"))
+    numbers = np.arange(3, 3 + d).astype(w.dtype)
+    gain = jnp.square(w(d)) + 1
+    forms = {
+        "number": lambda x: x / 3 + x / 7,
+        "numbers": lambda x: x / numbers + 0.3,
+        "weights": lambda x: x / gain + x,
+        "by numbers": lambda x: x[:, :1, :1] / numbers + x / 5,
+        "mean": lambda x: x + x.mean((1, 2), keepdims=True),
+        "by its norm": lambda x: x / (jnp.abs(x).sum(-1, keepdims=True) + 1),
+        "of weights": lambda x: gain / (x * x + 1),
+    }
+    return f"divided {kind}", forms[kind]
+
+
 def _function(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
     name = pick(sorted(_FUNCTIONS))
     return name, _FUNCTIONS[name]
 
 
-_KINDS = (_dense, _dense, _attention, _norm, _norm, _along, _move, _window, _control, _function)
+_KINDS = (
+    *(_dense, _dense, _attention, _norm, _norm, _along, _move, _window, _control, _function),
+    *(_turned, _divide),
+)
 
 
 @dataclasses.dataclass(frozen=True)

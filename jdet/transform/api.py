@@ -115,7 +115,9 @@ class BatchInvariant:
         sums, windows, scatters, ragged dots, exponentials on a CPU. What an element of a result
         sums over decides its bits; how many other elements there are does not. So no axis has to
         be named as the batch. Derivatives, `jax.vmap` and what is inside of `jax.jit`, `scan`,
-        `while_loop`, `cond`, `jax.checkpoint` and custom derivatives are covered too.
+        `while_loop`, `cond`, `jax.checkpoint`, `jax.shard_map` and custom derivatives are covered
+        too. Not what XLA's partitioner makes of arrays that are sharded automatically: the extents
+        that each device gets are then chosen behind this transformation.
 
         Orders of accumulation: `jdet.transform.dots`, `reductions`, `cumulative`, `windows`,
         `scatters`, `ragged`, `convolutions`.

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from jdet.pallas_kernels import trees
-from jdet.transform.fixed import Fixed, is_float, narrowed
+from jdet.transform.fixed import Fixed, alone, inexact, is_float, narrowed
 from jdet.transform.rules import Rules
 
 _E44 = 1.2851600114359308e19
@@ -100,16 +100,6 @@ def convert(primitive: core.Primitive, x: Array, params: dict[str, Any]) -> Arra
     return primitive.bind(x, **params)
 
 
-def divided(x: Array, y: Array) -> tuple[Array, Array]:
-    """The operands of x / y so that XLA divides.
-
-    By a constant, or by what is broadcast, it would multiply by the reciprocal, which is another
-    number; and what is broadcast, or constant, follows from which extents are 1. A divisor that
-    depends on x is neither.
-    """
-    return (x, jnp.where(x != x, jnp.asarray(jnp.nan, y.dtype), y)) if is_float(y.dtype) else (x, y)
-
-
 def rounded(primitive: core.Primitive, args: Sequence[Array], params: dict[str, Any]) -> Array:
     """A 16-bit operation computed in float32."""
     aval, _ = primitive.abstract_eval(*map(jax.typeof, args), **params)
@@ -139,4 +129,32 @@ def _applies(equation: core.JaxprEqn) -> tuple[bool, str]:
     return False, "elementwise"
 
 
-FIXED = {name: Fixed(_lower, _applies) for name in _FORMS}
+def _divide(
+    primitive: core.Primitive,
+    platform: str | None,
+    rules: Rules,
+    args: Sequence[Array],
+    params: dict[str, Any],
+) -> Array:
+    """x / y by a division.
+
+    By a constant, or by what is broadcast, XLA would multiply by the reciprocal, which is another
+    number; and what is broadcast, or constant, follows from which extents are 1. A divisor that
+    depends on x is neither.
+    """
+    del platform, rules
+    x, y = args
+    if is_float(y.dtype):
+        y = jnp.where(x != x, jnp.asarray(jnp.nan, y.dtype), y)
+    if narrow(x.dtype):
+        return rounded(primitive, (x, y), params)
+    return alone(primitive.bind(x, y, **params))
+
+
+def _divides(equation: core.JaxprEqn) -> tuple[bool, str]:
+    if inexact(equation.outvars[0].aval):
+        return True, "elementwise; no product with a reciprocal"
+    return False, "elementwise"
+
+
+FIXED = {name: Fixed(_lower, _applies) for name in _FORMS} | {"div": Fixed(_divide, _divides)}

@@ -65,10 +65,10 @@ def _narrow(aval: Any) -> bool:
     return hasattr(aval, "dtype") and narrow(aval.dtype)
 
 
-def readers(jaxpr: core.Jaxpr) -> Counter[Any]:
-    """How often each 16-bit float of a jaxpr is read."""
-    atoms = [atom for equation in jaxpr.eqns for atom in equation.invars]
-    atoms += jaxpr.outvars
+def readers(equations: Sequence[core.JaxprEqn], results: Sequence[Any]) -> Counter[Any]:
+    """How often each 16-bit float is read."""
+    atoms = [atom for equation in equations for atom in equation.invars]
+    atoms += results
     return Counter(a for a in atoms if not isinstance(a, core.Literal) and _narrow(a.aval))
 
 

@@ -10,7 +10,7 @@ EXACT = frozenset(
     """
     abs add add_any add_jaxvals after_all and argmax argmin axis_index bitcast_convert_type
     broadcast_in_dim broadcast_to ceil clamp clz complex concatenate conj convert_element_type
-    copy copy_p create_token dce_sink device_put dim_as_value dimension_size div dynamic_slice
+    copy copy_p create_token dce_sink device_put dim_as_value dimension_size dynamic_slice
     dynamic_update_slice empty empty2 eq eq_to expand_dims floor from_edtype gather ge gt imag
     iota is_finite layout_constraint le le_to lt lt_to max min mul mulhi name ne neg nextafter
     not optimization_barrier or pad platform_index population_count pvary real reduce_precision
@@ -36,15 +36,15 @@ SERIES = frozenset(
 # the rounding where a fusion meets a conversion back.
 ROUNDED = SERIES | frozenset(
     """
-    add add_any add_jaxvals atan convert_element_type div exp integer_pow log logistic mul
+    add add_any add_jaxvals atan convert_element_type exp integer_pow log logistic mul
     nextafter one_minus_square rem sqrt square sub tanh
     """.split()
 )
 
-# What ends in a product, or may (XLA multiplies by the reciprocal of a constant divisor). LLVM
-# contracts a product into a sum that follows (an FMA, one rounding for two), and whether it does,
-# or which of two products it takes, depends on what else the fusion holds.
-PRODUCTS = SERIES | frozenset("div mul square integer_pow".split())
+# What ends in a product, or may. LLVM contracts a product into a sum that follows (an FMA, one
+# rounding for two), and whether it does, or which of two products it takes, depends on what else
+# the fusion holds.
+PRODUCTS = SERIES | frozenset("mul square integer_pow".split())
 
 # Exact, but their transposes or derivatives sum: twins, so that those sums have a fixed tree.
 SUMMED_BACKWARD = frozenset(
@@ -57,7 +57,7 @@ SUMMED_BACKWARD = frozenset(
 # transpose sums over the axes that it lacked.
 BROADCASTING = frozenset(
     """
-    add add_any add_jaxvals atan2 clamp complex div max min mul nextafter pow rem select_n sub
+    add add_any add_jaxvals atan2 clamp complex max min mul nextafter pow rem select_n sub
     """.split()
 )
 

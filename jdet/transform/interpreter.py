@@ -14,10 +14,17 @@ import jax
 from jax.extend import core
 from jax.tree_util import tree_flatten, tree_unflatten
 
-from jdet.compat import equation_context, source_of, trace_jaxpr, wrap_function
+from jdet.compat import (
+    equation_context,
+    shard_map_of,
+    source_of,
+    trace_jaxpr,
+    wrap_function,
+)
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
+from jdet.transform.transpositions import read_through
 from jdet.transform.twins import original, twin
 
 
@@ -107,7 +114,8 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
     """The outputs of a closed jaxpr on `args`."""
     values: dict[Any, Any] = {}
     copies: dict[Any, Iterator[Any]] = {}
-    counts = readers(jaxpr)
+    equations = read_through(jaxpr, lambda dot: _choice(dot, run).action == TWIN)
+    counts = readers(equations, jaxpr.outvars)
 
     def define(variables: Sequence[Any], made: Sequence[Any]) -> None:
         for variable, value in zip(variables, made, strict=True):
@@ -123,7 +131,7 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
     define(jaxpr.constvars, jaxpr.consts)
     define(jaxpr.invars, args)
 
-    for equation in jaxpr.eqns:
+    for equation in equations:
         with equation_context(equation):
             results = _bind(equation, [read(atom) for atom in equation.invars], run)
         if not equation.primitive.multiple_results:
@@ -132,12 +140,16 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _choice(equation: core.JaxprEqn, run: Run) -> Choice:
+    return choose(equation, run.rules, source_of(equation) or run.source)
+
+
 def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     primitive, name = equation.primitive, equation.primitive.name
     params = equation.params
     own = source_of(equation)
     source = own or run.source
-    choice = choose(equation, run.rules, source)
+    choice = _choice(equation, run)
     if choice.excluded:
         run.used.add(choice.excluded)
     elif name in _INSIDE:
@@ -198,6 +210,17 @@ def _inside(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     return primitive.bind(*args, **primitive.get_bind_params(params))
 
 
+def _shard_map(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+    """By jax's own function, under which the names of the mesh's axes are known."""
+    source = source_of(equation) or run.source
+    inner = dataclasses.replace(run, path=(*run.path, _label(equation)), source=source)
+
+    def body(*shards: Any) -> tuple[Any, ...]:
+        return tuple(evaluate(equation.params["jaxpr"], shards, inner))
+
+    return jax.jit(shard_map_of(equation, body))(*args)
+
+
 class _Policy:
     """A checkpoint policy that sees a twin as its original."""
 
@@ -244,7 +267,8 @@ def _custom(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
 
 
 _INSIDE = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "scan", "while", "cond", "shard_map"), _inside),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "scan", "while", "cond"), _inside),
+    "shard_map": _shard_map,
     **dict.fromkeys(("remat2", "checkpoint"), _checkpoint),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),
 }

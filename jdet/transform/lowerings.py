@@ -46,8 +46,6 @@ def lower(
     fixed = FIXED.get(primitive.name)
     if fixed is not None:
         return fixed.lower(primitive, platform, rules, args, params)
-    if primitive.name == "div":
-        args = elementwise.divided(*args)
     if not primitive.multiple_results:
         if primitive.name == "convert_element_type":
             return elementwise.convert(primitive, args[0], params)
