@@ -11,10 +11,12 @@ The same under plain XLA must differ somewhere. Exit status 1 otherwise. A proce
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from jdet.testing import compose, same_completions
 
 LENGTHS = (1, 63, 255, 256, 600)
 CHUNK, TOKENS = 64, 48
+THREADS = 8
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
@@ -49,9 +52,6 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     vocab = model.config.vocab_size
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     needles = [np.random.default_rng(n).integers(0, vocab, n).tolist() for n in LENGTHS]
-    quiet = Engine(model, config, cache_fill=float("nan"))
-    alone = [quiet.generate([needle], greedy, progress=False) for needle in needles]
-    del quiet
     crowd = compose(
         size,
         batch_size=size - len(LENGTHS) + 1,
@@ -65,6 +65,12 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         SamplingParams(temperature=s.temperature, seed=s.seed, max_tokens=TOKENS, ignore_eos=True)
         for s in crowd.neighbour_sampling
     ]
+    quiet = Engine(model, config, cache_fill=float("nan"))
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(lambda job: job(), quiet.compile_jobs([greedy, *mates])))
+    alone = [quiet.generate([needle], greedy, progress=False) for needle in needles]
+    del quiet
+    gc.collect()  # its cache, before another one is made
     requests = [(needle, greedy) for needle in needles]
     requests += list(zip(map(list, crowd.neighbours), mates, strict=True))
     order = np.random.default_rng(size).permutation(size)
@@ -103,8 +109,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     asked = [(size, args.implementation) for size in args.sizes] + [(args.control, "xla")]
+    model = None if args.shape else args.model
     jobs = [
-        {"size": size, "implementation": name, "model": args.model, "shape": args.shape}
+        {"size": size, "implementation": name, "model": model, "shape": args.shape}
         for size, name in asked
     ]
     rows = []

@@ -7,18 +7,22 @@ One process; every engine is warmed up first, and serves each load: `--load 16-1
 the lengths of prompts and outputs uniformly. Time to first token is from submission, all requests
 being submitted at the start. On a GPU `busy` is the share of the time, over PROFILED steps in which
 every row generates, in which some kernel or copy ran (from the profiler's trace, which slows the
-host: what it says is at most what a run without it does), and `floor_ms` the least time of such a
-step: the bytes of the weights and of the cache it reads over the measured copy rate.
+host: what it says is at most what a run without it does). `full_step_ms` is the mean time of the
+load's own such steps, and `floor_ms` their least: the bytes of the weights and of the cache that
+they read over the measured copy rate. Programs are compiled in THREADS, but plain XLA's one after
+another, as XLA times what it chooses from.
 """
 
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from jdet.models.config import CONFIGS
 from jdet.models.load import LanguageModel
 
 PROFILED = 40  # steps
+THREADS = 8
 Load = list[tuple[list[int], int]]
 
 
@@ -55,19 +60,21 @@ def serve(engine: Engine, load: Load, floor_bytes: int, copy: float | None) -> d
     compiled, start = engine.compiles, time.perf_counter()
     handles = [engine.submit(prompt, greedy(n)) for prompt, n in load]
     waiting, first, full, steps = list(handles), [], [], 0
+    rows = engine.config.max_batch_size
     while engine.step():
         steps += 1
         now = time.perf_counter() - start
         first += [now for h in waiting if h.requests[0].token_ids]
         waiting = [h for h in waiting if not h.requests[0].token_ids]
-        if not waiting and all(h.requests[0].finish_reason is None for h in handles):
-            full.append((now, sum(h.requests[0].known for h in handles)))
+        running = [h.requests[0] for h in handles if h.requests[0].slot is not None]
+        if len(running) == rows and all(r.token_ids for r in running):
+            full.append((steps, now, sum(r.known for r in running)))
     seconds = time.perf_counter() - start
     assert engine.compiles == compiled, "something was compiled after the warm-up"
     made = sum(n for _, n in load)
     row = {
         "implementation": type(engine.model.ops).__name__ + f"({engine.model.ops.implementation})",
-        "concurrent": engine.config.max_batch_size,
+        "concurrent": rows,
         "requests": len(load),
         "seconds": round(seconds, 2),
         "output_tokens_per_second": round(made / seconds, 1),
@@ -76,11 +83,13 @@ def serve(engine: Engine, load: Load, floor_bytes: int, copy: float | None) -> d
         "steps": steps,
         "preemptions": engine.counts.preemptions,
     }
-    if copy is not None and len(full) > 2:
-        times = np.diff([at for at, _ in full])
+    pairs = [(a, b) for a, b in itertools.pairwise(full) if b[0] == a[0] + 1]
+    if copy is not None and pairs:
+        times = [b[1] - a[1] for a, b in pairs]
         c = engine.model.decoder.config
         entry = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        floor = np.mean([floor_bytes + entry * known for _, known in full]) / copy
+        floor = np.mean([floor_bytes + entry * known for _, (_, _, known) in pairs]) / copy
+        row["full_steps"] = len(pairs)
         row["full_step_ms"] = round(float(np.mean(times)) * 1e3, 3)
         row["floor_ms"] = round(float(floor) * 1e3, 3)
         row["share_of_floor"] = round(row["floor_ms"] / row["full_step_ms"], 3)
@@ -89,7 +98,8 @@ def serve(engine: Engine, load: Load, floor_bytes: int, copy: float | None) -> d
 
 def busy(engine: Engine, load: Load) -> float:
     """The share of time in which the device works, while every request generates."""
-    handles = [engine.submit(prompt, greedy(3 * PROFILED)) for prompt, _ in load]
+    # The first still generates when the last prompt has been read.
+    handles = [engine.submit(prompt, greedy(len(load) + 2 * PROFILED)) for prompt, _ in load]
     while not all(h.requests[0].token_ids for h in handles):
         engine.step()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +130,7 @@ def main() -> int:
     parser.add_argument("--load", nargs="+", default=["16-128:16-64"], help="prompts:outputs")
     parser.add_argument("--tokens-per-step", type=int, default=512)
     parser.add_argument("--chunk-sizes", type=int, nargs="*")
+    parser.add_argument("--chunk-rows", type=int, nargs="*")
     parser.add_argument("--decode-rows", type=int, nargs="*", help="fewer programs to compile")
     parser.add_argument("--num-pages", type=int)
     parser.add_argument("--one-at-a-time", type=int, default=8, help="requests of that run; 0: no")
@@ -168,11 +179,14 @@ def main() -> int:
                 max_model_len=longest,
                 num_pages=args.num_pages,
                 chunk_sizes=tuple(args.chunk_sizes) if args.chunk_sizes else None,
+                chunk_rows=tuple(args.chunk_rows) if args.chunk_rows else None,
                 decode_rows=tuple(args.decode_rows) if args.decode_rows else None,
                 prefix_caching=False,
             ),
         )
         start = time.perf_counter()
+        with ThreadPoolExecutor(1 if model.ops.implementation == "xla" else THREADS) as threads:
+            list(threads.map(lambda job: job(), engine.compile_jobs([greedy(1)])))
         engine.warm_up([greedy(1)])
         warm_up = round(time.perf_counter() - start, 1)
         for name, load in loads.items():
