@@ -117,6 +117,28 @@ def model(name: str) -> str:
     return _table(["", "jdet ms", "XLA ms", "floor ms", "ratio", "of the floor"], lines)
 
 
+def engine() -> str:
+    """The engine on a Qwen3-8B shape, on our ops and on plain XLA with cuDNN's attention."""
+    lines = []
+    for name in ("h200-engine-xla-1024.json", "h200-engine-xla-mixed.json"):
+        for r in _load(name)["rows"]:
+            ours = "mosaic_gpu" in r["implementation"]
+            lines.append(
+                [
+                    f"{r['load'].replace(':', ' in, ')} out, {'jdet' if ours else 'XLA'}",
+                    f"{r['output_tokens_per_second']:.0f}",
+                    f"{r['seconds']:.1f}",
+                    f"{r['first_token_median_s']:.1f}, {r['first_token_last_s']:.1f}",
+                    f"{r['full_step_ms']:.2f}",
+                    f"{r['floor_ms']:.2f}",
+                    f"{100 * r['share_of_floor']:.0f} %",
+                    f"{100 * r['busy']:.1f} %",
+                ]
+            )
+    header = ["", "output tokens/s", "s", "first token s (median, last)"]
+    return _table([*header, "step ms", "floor ms", "of the floor", "busy"], lines)
+
+
 def grouped() -> str:
     """Times of the Hopper grouped matmuls beside XLA's ragged dot and JAX's Hopper kernel."""
     sides = ("ours_us", "ragged_dot_us", "bundled_us", "floor_us")
@@ -171,6 +193,7 @@ def tables() -> dict[str, str]:
         "model-h200": model("h200-qwen3-8b.json"),
         "model-h100": model("h100-qwen3-8b-first.json"),
         "mixture": model("h100-qwen3-30b-a3b.json"),
+        "engine": engine(),
         "grouped": grouped(),
     }
 
