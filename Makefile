@@ -78,18 +78,21 @@ PYENV312 := $(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.
 demo: env
 	$(BIN)/jdet demo --json demo.json --plot demo.png
 
+# What needs no environment of its own; the interpreted TPU kernels are in test-tpu.
 # Where bytecode is not written, each of some 30 processes would compile jax's Python anew.
 test: env
 	PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu \
-	  $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	  $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*_mosaic_tpu.py' tests
 
 # Compiles decode steps for an H100, in an environment of its own (1.5 GB); needs no GPU.
 test-gpu-compile: .venv-gpu/.jdet-env
 	JAX_PLATFORMS=cpu .venv-gpu/bin/pytest tests/gpu_compile
 
-# Compiles kernels and steps for TPUs, in an environment of its own (1 GB); needs no TPU.
+# The TPU kernels, interpreted, and kernels and steps compiled for TPUs, in an environment of its
+# own (1 GB); needs no TPU.
 test-tpu: .venv-tpu/.jdet-env
-	JAX_PLATFORMS=cpu .venv-tpu/bin/pytest -n 2 tests/tpu_compile
+	JAX_PLATFORMS=cpu .venv-tpu/bin/pytest -n 2 tests/tpu_compile \
+	  tests/pallas_kernels/*_mosaic_tpu.py tests/models/test_mosaic_tpu.py
 
 # A batch over two Ray workers, in an environment of its own.
 test-ray: .venv-ray/.jdet-env
