@@ -12,6 +12,10 @@ Section matmul, on fixed inputs (normal, from a seed):
 - oracle: distance to a float64 product; float32 results within 1e-5.
 - control: plain XLA over the same M must show more than one bit pattern in row 0.
 
+Section matmul_k_first does the first two with w [K, N], against the same reference, which has
+w [N, K]. Section matmul_batch, in both layouts, gives each entry of a batch other rows and the
+same w. Section matmul_float32 is section matmul with float32 operands, in both layouts.
+
 Section gated_matmul does the same, w being gate and up. Its reference is made of two kernels:
 the matmul under its reference schedule, and the gate's instructions on what that returns. And:
 
@@ -64,7 +68,7 @@ def _inputs(n, k, dtype):
     if key not in _CACHE:
         _CACHE.clear()
         rng = np.random.default_rng([n, k])
-        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         x = rng.standard_normal((TOP, k), np.float32).astype(kind)
         w = (rng.standard_normal((n, k), np.float32) * k**-0.5).astype(kind)
         b = rng.standard_normal(n, np.float32).astype(kind)
@@ -81,14 +85,26 @@ def _bits(y):
 
 def _op(job, schedule):
     """The job's op as a function of x, w and bias."""
+    import jax.numpy as jnp
+
     from jdet.pallas_kernels.gated_matmul import mosaic_gpu as gated
     from jdet.pallas_kernels.matmul import mosaic_gpu
 
     if job["op"] == "gated_matmul":
         fixed = {"activation": job["activation"], "schedule": schedule}
         return lambda x, w, b: gated.gated_matmul(x, w, **fixed)
+    k_last, batch = job["k_last"], job["batch"]
     fixed = {"leaves": job["leaves"], "out_dtype": job["out"], "schedule": schedule}
-    return lambda x, w, b: mosaic_gpu.matmul(x, w, bias=b, **fixed)
+
+    def op(x, w, b):
+        w = w if k_last else w.T
+        if batch == 1:
+            return mosaic_gpu.matmul(x, w, bias=b, k_last=k_last, **fixed)
+        xs, ws = x.reshape(batch, -1, x.shape[1]), jnp.broadcast_to(w, (batch, *w.shape))
+        y = mosaic_gpu.matmul(xs, ws, bias=b, k_last=k_last, **fixed)
+        return y.reshape(x.shape[0], -1)
+
+    return op
 
 
 def _exact_gate(activation, g):
@@ -139,7 +155,8 @@ def _reference(job):
     key = ("reference", *(job[name] for name in names))
     if key not in _CACHE:
         first = mosaic_gpu.schedules(TOP, n, k, dtype, job["leaves"])[0]
-        y = _op({**job, "op": "matmul"}, first)(x, w, b if job["bias"] else None)
+        plain = {**job, "op": "matmul", "k_last": True, "batch": 1}
+        y = _op(plain, first)(x, w, b if job["bias"] else None)
         if job["op"] == "gated_matmul":
             y = jax.jit(lambda y: _gate(job["activation"], *jnp.split(y, 2, axis=1)))(y)
         digest = hashlib.sha256(np.asarray(jax.jit(_bits)(y)).tobytes()).hexdigest()
@@ -275,6 +292,8 @@ def _job(op, check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=Fal
         "out": out,
         "bias": bias,
         "activation": "silu",  # of gated_matmul
+        "k_last": True,
+        "batch": 1,
         **rest,
     }
 
@@ -312,6 +331,62 @@ def matmul_jobs(quick):
     return _longest_first(jobs)
 
 
+def k_first_jobs(quick):
+    """Weights [K, N]: every schedule that walks them, and what users get."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    job, jobs = functools.partial(_job, "matmul", k_last=False), []
+    for leaves, nk in ((1, TAIL), (2, RAGGED), (8, RAGGED)):
+        every = EVERY_M if leaves == 1 and not quick else SOME_M
+        for s in schedules(TOP, *nk, "bfloat16", leaves, k_last=False):
+            jobs.append(job("schedules", nk, every, leaves, out="float32", schedule=s))
+    if not quick:
+        for s in schedules(TOP, *TAIL, "bfloat16", k_last=False):
+            jobs.append(job("schedules", TAIL, (9, 257), bias=True, schedule=s))
+            jobs.append(job("schedules", (4096, 4096), (17, 1000), out="float32", schedule=s))
+        jobs.append(job("default", TAIL, SOME_M, dtype="float16", out="float16", bias=True))
+        jobs.append(job("default", (997, 1032), SOME_M))
+    for nk in QWEN3_8B:
+        jobs.append(job("default", nk, REAL_M if quick else EVERY_M))
+    return _longest_first(jobs)
+
+
+def batch_jobs(quick):
+    """Three entries a batch: some schedules, and what users get."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    jobs = []
+    for k_last in (True, False):
+        job = functools.partial(_job, "matmul", k_last=k_last, batch=3)
+        ms = (3, 24, 51, 195, 771, 3000)
+        for leaves, nk in ((1, TAIL), (2, RAGGED)):
+            jobs.append(job("default", nk, ms, leaves))
+            if not quick:
+                for s in schedules(TOP, *nk, "bfloat16", leaves, k_last=k_last):
+                    jobs.append(job("schedules", nk, (51, 771), leaves, schedule=s))
+        for nk in ((2048, 128), (128, 2048), (64, 1024)):  # attention's
+            jobs.append(job("default", nk, ms))
+    return _longest_first(jobs)
+
+
+def float32_jobs(quick):
+    """Float32 operands."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    job = functools.partial(_job, "matmul", dtype="float32", out="float32")
+    jobs = [job("oracle", nk, (), leaves) for leaves, nk in ((1, TAIL), (8, RAGGED))]
+    for k_last in (True, False):
+        for leaves, nk in ((1, TAIL), (2, RAGGED)):
+            jobs.append(job("default", nk, SOME_M, leaves, k_last=k_last))
+        jobs.append(job("default", (4096, 4096), SOME_M, k_last=k_last))
+        jobs.append(job("default", (2048, 128), SOME_M[1:], k_last=k_last))
+        every = schedules(TOP, *TAIL, "float32", k_last=k_last)
+        for s in every[:: 4 if quick else 1]:
+            jobs.append(job("schedules", TAIL, (9, 257), k_last=k_last, schedule=s))
+    jobs.append(job("control", (4096, 4096), REAL_M))
+    return _longest_first(jobs)
+
+
 def gated_matmul_jobs(quick, activation="silu"):
     """Every case of the section; N counts the rows of w, gate and up."""
     from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
@@ -334,6 +409,9 @@ def gated_matmul_jobs(quick, activation="silu"):
 
 SECTIONS = {
     "matmul": matmul_jobs,
+    "matmul_k_first": k_first_jobs,
+    "matmul_batch": batch_jobs,
+    "matmul_float32": float32_jobs,
     "gated_matmul": gated_matmul_jobs,
     "gated_matmul_gelu": functools.partial(gated_matmul_jobs, activation="gelu_tanh"),
 }
@@ -366,6 +444,7 @@ def main():
     for r in rows:
         shape = f"N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
         op = r["op"] if r["activation"] == "silu" else f"{r['op']} {r['activation']}"
+        op += ("" if r["k_last"] else " k_first") + (" batch" if r["batch"] > 1 else "")
         label = f"{op} {r['check']} {shape}"
         count = counts.setdefault((op, r["check"]), [0, 0, 0])
         count[0] += 1
@@ -374,6 +453,7 @@ def main():
         failures += [[label, r.get("schedule", ""), *w] for w in r["wrong"]]
         if "sha256" in r:
             name = f"{op} {shape} bias={r['bias']}"
+            name = name.replace(" k_first", "").replace(" batch", "")
             if hashes.setdefault(name, r["sha256"]) != r["sha256"]:
                 failures.append([name, "", TOP, TOP, "two processes hash differently"])
         if r["check"] == "oracle":

@@ -1,7 +1,8 @@
 """Matmul for Hopper in Pallas Mosaic GPU: one tree, many schedules.
 
 y[m, n] = sum over k of x[m, k] * w[n, k] (+ bias[n]), weights stored as checkpoints store
-them. bfloat16 or float16 operands.
+them, or [K, N] as models of `x @ w` hold them (`k_last=False`). bfloat16, float16 or float32
+operands.
 
 Tree (what the bits depend on):
 
@@ -9,6 +10,10 @@ Tree (what the bits depend on):
   fed 16 elements of K at a time, ascending, by `wgmma` with K = 16; a part whose length is
   no multiple of 16 ends in zeros. The order inside the 16 belongs to the hardware.
 - The sums of the parts are added in a balanced binary tree of neighbours, in float32.
+- Of float32 operands a number is the sum of three bfloat16 ones, the last 8, the middle and the
+  first 8 bits of its significand, and a part adds up nine products over its K, each exact: those
+  of x's last bits by w's last, middle and first, then of its middle bits, then of its first. (So
+  an infinite operand makes its rows or columns NaN.)
 - Then the bias is added in float32, and the result is rounded once to `out_dtype`.
 
 Nothing else touches an element: no split of K over blocks, no atomics, no second kernel.
@@ -32,6 +37,11 @@ and hand a buffer back when the next step has been issued. In a cluster of `cm x
 a tile of w is fetched once for the `cm` blocks that use it and multicast, a tile of x once
 for `cn`.
 
+A w [K, N] is copied as it lies, in squares of 64 by 64, which wgmma reads transposed: the same
+steps of K, the same bits. A square is 64 rows of wgmma's M side, so `swapped` is what such a w
+takes at every M, with up to 256 rows of x as the N side; `normal` walks it 64 columns an
+instruction. With a batch, [B, M, K] x [B, N, K], the walk goes over the tiles of all entries.
+
 `matmul_gated` is the same kernel with an elementwise gate of two results in its epilogue: w is
 [2 F, K], read as [2, F, K], and a tile of w is bn / 2 rows of each half, one below the other in
 shared memory. So one accumulator holds both results of a pair, in one thread; they are rounded
@@ -42,11 +52,11 @@ end of each part because x and w are viewed as [rows, leaves, K / leaves]. For t
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
 of 16 bits (one 128-byte swizzle row) both are the same bytes, so each buffer is a union of
 the two views. K / leaves must be a multiple of 8 (16-byte strides); N that is none is
-computed in a wider y and cut by XLA.
+computed in a wider y and cut by XLA, from a w [K, N] that XLA has padded.
 
 Budget: shared memory = stages * bk * (bm + bn) * 2 bytes for the ring, and per consumer one
-or two buffers of 64 rows by up to 128 bytes (normal) or bm rows by 64 results (swapped) for the
-store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
+or two buffers of 64 rows by up to 128 bytes (normal) or up to 64 rows by 64 results (swapped) for
+the store, under 227 KiB. Registers = bm * bn / (128 * wgs) for an accumulator, times
 log2(leaves) + 1 for the partial sums, of 255 / 232 / 152 with 1 / 2 / 3 consumers.
 `Schedule.fits` checks both; ptxas reports no spill for a registered schedule, but for 16 bytes
 in the 256 x 192 tile that is not gated.
@@ -57,10 +67,12 @@ persistent warp-specialised kernel; CUTLASS's sm90 pipelines for releasing multi
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -70,30 +82,59 @@ from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import Schedule, default_sc
 
 __all__ = ["Schedule", "default_schedule", "matmul", "matmul_gated", "schedules"]
 
-_OPERANDS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_FLOATS = (*_HALVES, jnp.dtype(jnp.float32))
+_PARTS = 3  # bfloat16 numbers that add up to a float32 one
+
+
+def _parts(x: jax.Array) -> jax.Array:
+    """[3, ...] bfloat16 of float32, the smallest first; their sum is x."""
+    parts = []
+    for _ in range(_PARTS):
+        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        first = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(first.astype(jnp.bfloat16))
+        x = x - first
+    return jnp.stack(parts[::-1])
 
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
-@functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))
-def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, interpret):
-    m, k = x.shape
-    n = w.shape[0]
+@functools.partial(
+    jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "k_last", "interpret")
+)
+def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
+    *batch, m, k = x.shape
+    n = w.shape[-2 if k_last else -1]
+    lead = (*batch,)
+    if x.dtype == jnp.float32:
+        x, w, lead = _parts(x), _parts(w), (_PARTS, *batch)
     if gate is not None:
         n //= 2
         w = w.reshape(2, n, k)
+    if not k_last and n % 8:
+        w = jnp.pad(w, (*[(0, 0)] * (w.ndim - 1), (0, -n % 8)))
     if leaves > 1:
-        x = x.reshape(m, leaves, k // leaves)
-        w = w.reshape(n, leaves, k // leaves)
+        cut = (leaves, k // leaves)
+        x = x.reshape(*lead, m, *cut)
+        w = w.reshape(*lead, *((n, *cut) if k_last else (*cut, w.shape[-1])))
     lane = 16 // out_dtype.itemsize
     wide = pl.cdiv(n, lane) * lane  # rows of y must start at multiples of 16 bytes
     args = (x, w)
     if bias is not None:
         args += (jnp.pad(bias, (0, -n % (s.bn * s.cn))),)
-    clusters = pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.out_cols * s.cn)
+    clusters = math.prod(batch) * pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.out_cols * s.cn)
     clustered = s.cm * s.cn > 1
     y = plgpu.kernel(
-        functools.partial(kernel, s=s, leaves=leaves, gate=gate, interpret=bool(interpret)),
-        out_type=jax.ShapeDtypeStruct((m, wide), out_dtype),
+        functools.partial(
+            kernel,
+            s=s,
+            leaves=leaves,
+            gate=gate,
+            k_last=k_last,
+            parts=_PARTS if len(lead) > len(batch) else 1,
+            interpret=bool(interpret),
+        ),
+        out_type=jax.ShapeDtypeStruct((*batch, m, wide), out_dtype),
         grid=(min(clusters, s.resident),),
         grid_names=("cluster",),
         cluster=(s.cn, s.cm) if clustered else (),
@@ -104,20 +145,32 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, interpret):
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or None,
     )(*args)
-    return y[:, :n] if wide > n else y
+    return y[..., :n] if wide > n else y
 
 
-def check_operands(x: jax.Array, w: jax.Array, leaves: int = 1) -> None:
-    """Raise unless x [M, K] and w [N, K] are what the kernel multiplies."""
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"x [M, K] and w [N, K] must share K, got {x.shape} and {w.shape}")
+def check_operands(
+    x: jax.Array,
+    w: jax.Array,
+    leaves: int = 1,
+    *,
+    k_last: bool = True,
+    ranks: tuple[int, ...] = (2,),
+    dtypes: tuple[Any, ...] = _HALVES,
+) -> None:
+    """Raise unless x [M, K] and w [N, K], or [K, N], are what the kernel multiplies."""
+    form = "[N, K]" if k_last else "[K, N]"
+    if not x.ndim == w.ndim in ranks:
+        raise ValueError(f"x must be [M, K] and w {form}, got {x.shape} and {w.shape}")
+    if x.shape[:-2] != w.shape[:-2] or x.shape[-1] != w.shape[-1 if k_last else -2]:
+        raise ValueError(f"x [M, K] and w {form} must share K, got {x.shape} and {w.shape}")
     if x.dtype != w.dtype:
         raise ValueError(f"x and w must share a dtype, got {x.dtype} and {w.dtype}")
-    k = x.shape[1]
+    k = x.shape[-1]
     if leaves < 1 or leaves & (leaves - 1) or k % leaves:
         raise ValueError(f"leaves must be a power of two that divides K = {k}, got {leaves}")
-    if x.dtype not in _OPERANDS:
-        raise NotImplementedError(f"mosaic_gpu matmul takes bfloat16 or float16, got {x.dtype}")
+    if x.dtype not in dtypes:
+        names = " or ".join(d.name for d in dtypes)
+        raise NotImplementedError(f"mosaic_gpu multiplies {names}, got {x.dtype}")
     if k == 0 or (k // leaves) % 8:
         raise NotImplementedError(
             f"mosaic_gpu matmul needs K / leaves in multiples of 8, got {k} / {leaves}"
@@ -127,7 +180,7 @@ def check_operands(x: jax.Array, w: jax.Array, leaves: int = 1) -> None:
 def check_result(x: jax.Array, out_dtype: DTypeLike | None) -> Any:
     """The dtype of the result. Raise if it is none that the kernel writes."""
     out = jnp.dtype(out_dtype or x.dtype)
-    if out not in (*_OPERANDS, jnp.dtype(jnp.float32)):
+    if out not in _FLOATS:
         raise NotImplementedError(f"mosaic_gpu matmul cannot write {out}")
     return out
 
@@ -139,17 +192,19 @@ def matmul(
     bias: jax.Array | None = None,
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
+    k_last: bool = True,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """y[M, N] = x[M, K] @ w[N, K]^T + bias[N]; see the module for the tree.
 
     Args:
-      x: [M, K], bfloat16 or float16.
-      w: [N, K], of x's dtype.
+      x: [M, K], or [B, M, K], bfloat16, float16 or float32.
+      w: [N, K], of x's dtype, with a batch if x has one.
       bias: [N], any float dtype; added in float32.
       leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
       out_dtype: x's dtype unless given; a 16-bit float or float32.
+      k_last: false if w is [K, N]. The bits are those of its transpose.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
@@ -157,19 +212,24 @@ def matmul(
       ValueError: shapes or dtypes that do not go together.
       NotImplementedError: this backend cannot compute them; the message says which part.
     """
-    check_operands(x, w, leaves)
-    (m, k), n = x.shape, w.shape[0]
+    check_operands(x, w, leaves, k_last=k_last, ranks=(2, 3), dtypes=_FLOATS)
+    (*batch, m, k), n = x.shape, w.shape[-2 if k_last else -1]
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must have shape {(n,)} for w {w.shape}, got {bias.shape}")
     out = check_result(x, out_dtype)
-    if m == 0 or n == 0:
-        return jnp.zeros((m, n), out)
-    s = schedule or default_schedule(m, n, k, x.dtype, leaves)
+    if 0 in (*batch, m, n):
+        return jnp.zeros((*batch, m, n), out)
+    s = schedule or default_schedule(
+        m, n, k, x.dtype, leaves, k_last=k_last, batch=math.prod(batch)
+    )
     if s.gated:
         raise ValueError(f"{s} is a schedule of matmul_gated")
+    if not (k_last or s.takes_k_first):
+        raise ValueError(f"{s} does not cut w [K, N] in squares of 64")
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
-    return _matmul(x, w, bias, leaves=leaves, out_dtype=out, s=s, gate=None, interpret=interpret)
+    fixed = {"leaves": leaves, "out_dtype": out, "s": s, "k_last": k_last}
+    return _matmul(x, w, bias, **fixed, gate=None, interpret=interpret)
 
 
 def matmul_gated(
@@ -207,4 +267,5 @@ def matmul_gated(
         raise ValueError(f"{s} is no gated schedule")
     if not s.fits(itemsize=x.dtype.itemsize):
         raise NotImplementedError(f"{s} has no room for {x.dtype} results")
-    return _matmul(x, w, None, leaves=1, out_dtype=x.dtype, s=s, gate=gate, interpret=interpret)
+    fixed = {"leaves": 1, "out_dtype": x.dtype, "s": s, "k_last": True}
+    return _matmul(x, w, None, **fixed, gate=gate, interpret=interpret)

@@ -1,6 +1,7 @@
 """The kernel of the Mosaic GPU matmul; its tree and its schedules stand in `mosaic_gpu`."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,16 @@ def kernel(
     gate: Gate | None,
     interpret: bool,
     height: int | None = None,
+    k_last: bool = True,
+    parts: int = 1,
 ) -> None:
-    """The whole kernel; refs are x, w, bias if there is one, y.
+    """The whole kernel; refs are x, w, bias if there is one, y; x, w and y may begin with a batch.
+
+    With several `parts`, x and w begin with an axis of those, and a leaf is the sum of every part
+    of x by every part of w, in this order of pairs, each over all of the leaf's K.
+
+    w is [N, K], or [K, N] if not `k_last`: then it stands in shared memory as it lies, in squares
+    of `CHUNK` by `CHUNK`, and wgmma reads those transposed.
 
     Grouped, with `height`: refs are x, w [E, ...], plan, y. Tiles of at most `height` rows of x
     stand in the plan, `grouped_matmul.mosaic_gpu.plan`: they may begin at any row, belong to one
@@ -115,17 +124,20 @@ def kernel(
     """
     x_g, w_g, *bias_g, y_g = refs
     plan_g = bias_g.pop() if height else None
-    m, n = y_g.shape
+    *batch, m, n = y_g.shape
     out_dtype, out_size = y_g.dtype, jnp.dtype(y_g.dtype).itemsize
     chunks = s.bk // CHUNK
-    leaf_steps = pl.cdiv(x_g.shape[-1], s.bk)
+    pair_steps = pl.cdiv(x_g.shape[-1], s.bk)
+    leaf_steps = parts**2 * pair_steps
     steps = leaves * leaf_steps
     m_tiles, n_tiles = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.out_cols * s.cn)
     rows, cols = s.wg_tile
     out_rows, out_cols = s.out_tile
     matrices = 2 if s.gated else 1
+    products = 1 if k_last else s.wg_tile[0 if s.kind == "swapped" else 1] // CHUNK
     put_rows, put_cols = s.stage_tile(out_size)
     slots = s.store_slots(out_size)
+    squares = 0 if k_last else s.bn // CHUNK
     # Rows of x worth fetching. What shared memory happens to hold in the others of its tile
     # only reaches rows of y that do not exist.
     part = 8 * s.cn
@@ -148,7 +160,12 @@ def kernel(
         def local(tiles):
             return lax.div(tiles * n_tiles - cluster + clusters - 1, clusters)
 
-        local_tiles = local(m_tiles if plan_g is None else plan_g[0, 0])
+        tiles_of_one = m_tiles * n_tiles  # of an entry of the batch
+        local_tiles = local(math.prod(batch) * m_tiles if plan_g is None else plan_g[0, 0])
+
+        def entry(t):
+            """The entry of the batch that a tile belongs to, as an index."""
+            return (lax.div(cluster + t * clusters, tiles_of_one),) if batch else ()
 
         def planned(t):
             """Of a tile: its row of the plan, and its first column of y."""
@@ -161,6 +178,8 @@ def kernel(
                 row, n0 = planned(t)
                 return plan_g[row, 0], n0
             at = cluster + t * clusters
+            if batch:
+                at = lax.rem(at, tiles_of_one)
             if m_tiles == 1:
                 mi, ni = jnp.int32(0), at
             else:
@@ -173,12 +192,12 @@ def kernel(
             if s.wgs > 1:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def load(src, dst, size, side, axis, matrices=1):
+            def load(src, dst, size, side, axis, matrices=1, squares=0):
                 def tile(t, _):
                     row = tile_origin(t)[side]
-                    expert = ()
+                    lead = entry(t)
                     if side == 1 and plan_g is not None:
-                        expert = (plan_g[planned(t)[0], 2],)
+                        lead = (plan_g[planned(t)[0], 2],)
 
                     def step(i, _):
                         at = t * steps + i
@@ -188,12 +207,24 @@ def kernel(
                         def _():
                             plgpu.barrier_wait(empty.at[slot])
 
-                        leaf = lax.div(i, leaf_steps)
+                        leaf = pair = lax.div(i, pair_steps)
+                        first = lead
+                        if parts > 1:
+                            leaf = lax.div(i, leaf_steps)
+                            of_x = lax.div(pair - leaf * parts**2, parts)
+                            first = (lax.rem(pair, parts) if side else of_x, *lead)
                         for c in range(chunks):
-                            k0 = (i - leaf * leaf_steps) * s.bk + c * CHUNK
+                            k0 = (i - pair * pair_steps) * s.bk + c * CHUNK
                             k_part = (leaf, pl.ds(k0, CHUNK)) if leaves > 1 else (pl.ds(k0, CHUNK),)
-                            for half in range(matrices):
-                                which = (*expert, half) if matrices > 1 else expert
+                            for j in range(squares):
+                                plgpu.copy_gmem_to_smem(
+                                    src.at[(*first, *k_part, pl.ds(row + j * CHUNK, CHUNK))],
+                                    dst.at[slot, c, j],
+                                    full.at[slot],
+                                    collective_axes=axis,
+                                )
+                            for half in range(0 if squares else matrices):
+                                which = (*first, half) if matrices > 1 else first
                                 plgpu.copy_gmem_to_smem(
                                     src.at[(*which, pl.ds(row, size), *k_part)],
                                     dst.at[slot, c, pl.ds(half * size, size)],
@@ -217,17 +248,37 @@ def kernel(
                 @pl.when(warp == 0)
                 def _():
                     axis = "cm" if s.cm > 1 else None
-                    load(w_g, w_in, s.bn // matrices, 1, axis, matrices)
+                    load(w_g, w_in, s.bn // matrices, 1, axis, matrices, squares)
 
                 @pl.when(warp == 1)
                 def _():
                     load(x_g, x_in, x_rows, 0, "cn" if s.cn > 1 else None)
 
-        def operands(slot, c):
-            a, b = (x_mma, w_mma) if s.kind == "normal" else (w_mma, x_mma)
-            if s.split == "m":
-                return a.at[slot, c, pl.ds(wg * rows, rows)], b.at[slot, c]
-            return a.at[slot, c], b.at[slot, c, pl.ds(wg * cols, cols)]
+        def multiply(acc, slot, c):
+            """Adds `CHUNK` elements of K, in `products` wgmmas of as many parts of acc."""
+            if k_last:
+                a, b = (x_mma, w_mma) if s.kind == "normal" else (w_mma, x_mma)
+                a, b = a.at[slot, c], b.at[slot, c]
+                if s.split == "m":
+                    a = a.at[pl.ds(wg * rows, rows)]
+                else:
+                    b = b.at[pl.ds(wg * cols, cols)]
+                plgpu.wgmma(acc, a, b.transpose((1, 0)))
+                return
+            x, side = x_mma.at[slot, c], 0 if s.kind == "swapped" else 1
+            splits_w = s.split == "mn"[side]
+            if s.wgs > 1 and not splits_w:
+                size = s.bm // s.wgs
+                x = x.at[pl.ds(wg * size, size)]
+            for j in range(products):
+                square = w_mma.at[slot, c, wg * products + j if splits_w else j]
+                part = [slice(None), slice(None)]
+                part[side] = pl.ds(j * CHUNK, CHUNK)
+                to = acc.at[tuple(part)] if products > 1 else acc
+                if s.kind == "normal":
+                    plgpu.wgmma(to, x, square)
+                else:
+                    plgpu.wgmma(to, square.transpose((1, 0)), x.transpose((1, 0)))
 
         def consume():
             if s.wgs > 1:
@@ -242,9 +293,8 @@ def kernel(
                             slot = lax.rem(begin + i, s.stages)
                             plgpu.barrier_wait(full.at[slot])
                             for c in range(chunks):
-                                a, b = operands(slot, c)
-                                plgpu.wgmma(acc, a, b.transpose((1, 0)))
-                            plgpu.wgmma_wait(chunks)
+                                multiply(acc, slot, c)
+                            plgpu.wgmma_wait(chunks * products)
 
                             @pl.when(i > 0)
                             def _():
@@ -280,7 +330,7 @@ def kernel(
                 bias = plgpu.load(at, layout=along, optimized=False).astype(jnp.float32)
                 value = value + lax.broadcast_in_dim(bias, value.shape, (1 - m_side,))
             value = value.astype(out_dtype)
-            high, wide = (put_rows, put_cols) if s.kind == "normal" else (put_cols, cols)
+            high, wide = (put_rows, put_cols)[:: 1 if s.kind == "normal" else -1]
             pieces = [(r, c) for r in range(0, out_rows, high) for c in range(0, out_cols, wide)]
             for i, (r, c) in enumerate(pieces):
                 plgpu.wait_smem_to_gmem(slots - 1 if i else 0, wait_read_only=True)
@@ -298,7 +348,8 @@ def kernel(
                 plgpu.commit_smem()
                 m_at, n_at = (r, c) if s.kind == "normal" else (c, r)
                 if plan_g is None:
-                    _put(y_out.at[wg, i % slots], y_g, m0 + m_at, n0 + n_at)
+                    to = y_g.at[entry(t)[0]] if batch else y_g
+                    _put(y_out.at[wg, i % slots], to, m0 + m_at, n0 + n_at)
                     continue
                 most = min(put_rows, x_rows)
                 left = plan_g[planned(t)[0], 1] - offsets[0] - m_at
@@ -312,11 +363,15 @@ def kernel(
     pl.run_scoped(
         scope,
         x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
-        w_s=_two_views((s.stages, chunks, s.bn, CHUNK), x_g.dtype, interpret),
+        w_s=_two_views(
+            (s.stages, chunks, *((s.bn,) if k_last else (squares, CHUNK)), CHUNK),
+            x_g.dtype,
+            interpret,
+        ),
         y_s=_two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret)
         if plan_g is None
         else _rows_view((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
-        full=barrier(num_arrivals=(1 + matrices) * chunks),
+        full=barrier(num_arrivals=(1 + (squares or matrices)) * chunks),
         empty=empty_barrier(num_arrivals=s.wgs),
         collective_axes="wg",
     )

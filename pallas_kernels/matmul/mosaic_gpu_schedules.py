@@ -94,6 +94,13 @@ class Schedule:
         return whole and self.bn % (2 * rows) == 0 and self.bn % (16 * self.cm) == 0
 
     @property
+    def takes_k_first(self) -> bool:
+        """Whether it can walk w [K, N]: each consumer has whole squares of `CHUNK` of w."""
+        w_side = "n" if self.kind == "normal" else "m"
+        ways = self.wgs if self.split == w_side else 1
+        return self.bn % (CHUNK * ways) == 0 and not self.gated
+
+    @property
     def out_cols(self) -> int:
         """Columns of y in a block's tile."""
         return self.bn // 2 if self.gated else self.bn
@@ -119,7 +126,9 @@ class Schedule:
     def stage_tile(self, itemsize: int) -> tuple[int, int]:
         """Rows and columns of y in one store, for results of `itemsize` bytes."""
         _, cols = self.out_tile
-        return (64, math.gcd(cols, 128 // itemsize)) if self.kind == "normal" else (cols, 64)
+        if self.kind == "normal":
+            return 64, math.gcd(cols, 128 // itemsize)
+        return cols if cols <= 64 else math.gcd(cols, 64), 64
 
     def store_slots(self, itemsize: int) -> int:
         """Buffers of `stage_tile` that a consumer rotates over, no more than it has pieces."""
@@ -191,10 +200,31 @@ _CHOICES = (
     (1536, ((_128X256, 1060), *_LARGE)),
     (1 << 31, ((_128X256_PAIR, 1060), *_LARGE)),
 )
+# Of w [K, N], where wgmma takes it in squares of 64: as its M side.
+_K_FIRST_SMALL = {
+    bm: tuple((deepest("swapped", bm, bn, bk=bk, wgs=bn // 64), bn) for bn in (192, 128, 64))
+    for bm, bk in ((8, 128), (16, 128), (32, 128), (64, 128), (128, 64))
+}
+# Measured on an H100: these are faster as the N side.
+_K_FIRST_SMALL |= {bm: (*_K_FIRST_SMALL[bm][:2], (_SMALL[64], 64)) for bm in (8, 16, 32)}
+_K_FIRST_SMALL[64] = ((_SMALL[192], 192), *_K_FIRST_SMALL[64][1:])
+_256X128 = deepest("swapped", 256, 128, wgs=2, group=4)
+_K_FIRST_LARGE = (
+    (deepest("swapped", 192, 256, wgs=2, group=4, slots=1), 1580),
+    (deepest("swapped", 192, 128, wgs=2, group=4), 820),
+    (deepest("swapped", 128, 192, wgs=3, group=8), 1000),
+    (deepest("swapped", 128, 128, wgs=2, group=8), 555),
+    (deepest("swapped", 128, 64, group=8), 400),
+)
+_K_FIRST_CHOICES = (
+    *_K_FIRST_SMALL.items(),
+    (1536, ((_256X128, 1060), *_K_FIRST_LARGE)),
+    (1 << 31, ((deepest("swapped", 256, 128, wgs=2, cm=2, group=4), 1060), *_K_FIRST_LARGE)),
+)
 _REGISTERED = tuple(
     dict.fromkeys(
         (
-            *(s for _, choices in _CHOICES for s, _ in choices),
+            *(s for choices in (_CHOICES, _K_FIRST_CHOICES) for _, of in choices for s, _ in of),
             deepest("normal", 64, 32),
             deepest("normal", 64, 32, bk=256),
             deepest("normal", 64, 64, bk=128, cn=2),
@@ -233,36 +263,46 @@ def schedules(
     leaves: int = 1,
     out_size: int = 4,
     gated: bool = False,
+    k_last: bool = True,
 ) -> tuple[Schedule, ...]:
     """Every registered schedule that can compute [m, k] x [n, k]: all of them give the same bits.
+
+    Not `k_last`: of those, which can walk w [k, n].
 
     Any tile can walk any shape; registers limit them by `leaves`, and shared memory by the
     size of the result's elements.
     """
     del m, n, k, dtype
-    return tuple(s for s in (_GATED if gated else _REGISTERED) if s.fits(leaves, out_size))
+    every = (s for s in (_GATED if gated else _REGISTERED) if s.fits(leaves, out_size))
+    return tuple(s for s in every if k_last or s.takes_k_first)
 
 
 def default_schedule(
-    m: int, n: int, k: int, dtype: DTypeLike, leaves: int = 1, gated: bool = False
+    m: int,
+    n: int,
+    k: int,
+    dtype: DTypeLike,
+    leaves: int = 1,
+    gated: bool = False,
+    k_last: bool = True,
+    batch: int = 1,
 ) -> Schedule:
-    """The schedule to use for a shape, n the rows of w. Speed only.
+    """The schedule to use for a shape, n the rows of w [n, k], columns of [k, n]. Speed only.
 
     Raises:
       NotImplementedError: no schedule has registers for so many leaves.
     """
-    del k, dtype
-    by_m = _GATED_CHOICES if gated else _CHOICES
+    every = schedules(m, n, k, dtype, leaves, gated=gated, k_last=k_last)
+    by_m = _GATED_CHOICES if gated else _CHOICES if k_last else _K_FIRST_CHOICES
     choices = next(choices for largest, choices in by_m if m <= largest)
 
     def cost(s: Schedule, of_tile: int) -> int:
-        clusters = -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
+        clusters = batch * -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
         return -(-clusters // s.resident) * of_tile
 
-    costs = {s: cost(s, of_tile) for s, of_tile in choices if s.fits(leaves)}
+    costs = {s: cost(s, of_tile) for s, of_tile in choices if s in every}
     if not costs:
-        registered = _GATED if gated else _REGISTERED
-        costs = {s: cost(s, s.bm * s.bn) for s in registered if s.fits(leaves)}
+        costs = {s: cost(s, s.bm * s.bn) for s in every}
     if not costs:
         raise NotImplementedError(f"mosaic_gpu matmul has no registers for {leaves} leaves")
     return min(costs, key=costs.__getitem__)

@@ -3,6 +3,7 @@
     python scripts/bench/matmul.py --json results.json             # the table
     python scripts/bench/matmul.py --sweep --json sweep.json       # every plausible schedule
     python scripts/bench/matmul.py --only gated --chain            # some of it
+    python scripts/bench/matmul.py --k-first --chain               # weights [K, N], x @ w
 
 `gated` is gate_up with the SiLU gate: in the epilogue of ours; XLA may fuse as it likes.
 
@@ -13,6 +14,7 @@ process at a time is timed, while none tunes.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -56,10 +58,8 @@ def alone():
         yield
 
 
-def _inputs(m, n, k, copies):
+def _inputs(m, n, k, copies, k_last=True):
     """A function that draws the inputs: compiled here, run when the card is free."""
-    import functools
-
     import jax
     import jax.numpy as jnp
 
@@ -72,9 +72,10 @@ def _inputs(m, n, k, copies):
 
         _CACHE["draw"] = draw
     draw = _CACHE["draw"]
-    if (m, n, k) not in _CACHE:
-        _CACHE[m, n, k] = [draw.lower(0, *a).compile() for a in ((m, k, 1.0), (n, k, 0.02))]
-    draw_x, draw_w = _CACHE[m, n, k]
+    key, of_w = (m, n, k, k_last), (n, k) if k_last else (k, n)
+    if key not in _CACHE:
+        _CACHE[key] = [draw.lower(0, *a).compile() for a in ((m, k, 1.0), (*of_w, 0.02))]
+    draw_x, draw_w = _CACHE[key]
     return lambda: ([draw_x(i) for i in range(copies)], [draw_w(i) for i in range(copies)])
 
 
@@ -88,21 +89,25 @@ def run_job(job):
     from jdet.pallas_kernels.matmul.mosaic_gpu import matmul
     from jdet.pallas_kernels.silu_mul.xla import silu_mul
 
-    op, m, names = job
+    op, m, names, k_last = job
     n, k = OPS[op]
     copies = timing.copies_for(2 * n * k)
 
     def program(which):
         def ours(xs, ws):
-            f = gated_matmul if op == "gated" else matmul
-            return [f(x, w, schedule=which) for x, w in zip(xs, ws, strict=True)]
+            if op == "gated":
+                f = functools.partial(gated_matmul, schedule=which)
+            else:
+                f = functools.partial(matmul, schedule=which, k_last=k_last)
+            return [f(x, w) for x, w in zip(xs, ws, strict=True)]
 
         def xla(xs, ws):
-            dims = (((1,), (1,)), ((), ()))
+            dims = (((1,), (1 if k_last else 0,)), ((), ()))
             ys = [lax.dot_general(x, w, dims) for x, w in zip(xs, ws, strict=True)]
             return [silu_mul(y) for y in ys] if op == "gated" else ys
 
-        shapes = [[jax.ShapeDtypeStruct(s, "bfloat16")] * copies for s in ((m, k), (n, k))]
+        extents = (m, k), (n, k) if k_last else (k, n)
+        shapes = [[jax.ShapeDtypeStruct(s, "bfloat16")] * copies for s in extents]
         lowered = jax.jit(xla if which == "xla" else ours).lower(*shapes)
         if which != "xla":
             return lowered.compile()
@@ -110,7 +115,7 @@ def run_job(job):
             return lowered.compile()
 
     rows, programs = [], []
-    draw = _inputs(m, n, k, copies)
+    draw = _inputs(m, n, k, copies, k_last)
     for which in names:
         row = {"op": op, "m": m, "schedule": str(which)}
         rows.append(row)
@@ -185,7 +190,7 @@ def ceilings(_):
 def plausible(s, m):
     """Whether `--sweep` should spend time on schedule `s` at M = m."""
     if s.kind == "swapped":
-        return m <= s.bm <= 2 * max(m, 8)
+        return m <= s.bm <= 2 * max(m, 8) or (m > 128 and s.bm >= 128)
     if m <= 64:
         return s.bm == 64
     if m <= 128:
@@ -199,6 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sweep", action="store_true", help="time every plausible schedule")
+    parser.add_argument("--k-first", action="store_true", help="weights [K, N]; no gate")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--only", nargs="*", choices=OPS, default=list(OPS), dest="ops")
     parser.add_argument("--ms", nargs="*", type=int, default=list(MS))
@@ -211,20 +217,22 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     from jdet.pallas_kernels.matmul import mosaic_gpu_schedules as sched
 
-    names, chosen = {}, {}
+    names, chosen, k_last = {}, {}, not args.k_first
+    if args.k_first:
+        args.ops = [op for op in args.ops if op != "gated"]
     for op in args.ops:
         n, k = OPS[op]
         for m in args.ms:
             gated = op == "gated"
-            best = sched.default_schedule(m, n, k, "bfloat16", gated=gated)
+            best = sched.default_schedule(m, n, k, "bfloat16", gated=gated, k_last=k_last)
             chosen[op, m] = str(best)
             names[op, m] = [best]
             if args.sweep:
-                every = sched.schedules(m, n, k, "bfloat16", 1, 2, gated)
+                every = sched.schedules(m, n, k, "bfloat16", 1, 2, gated, k_last)
                 names[op, m] += [s for s in every if plausible(s, m) and s != best]
-    jobs = [(op, m, ("xla", these[0])) for (op, m), these in names.items()]
+    jobs = [(op, m, ("xla", these[0]), k_last) for (op, m), these in names.items()]
     for (op, m), these in names.items():
-        jobs += [(op, m, tuple(these[i : i + 8])) for i in range(1, len(these), 8)]
+        jobs += [(op, m, tuple(these[i : i + 8]), k_last) for i in range(1, len(these), 8)]
     context = multiprocessing.get_context("spawn")
     guards = (context.Semaphore(TURNS), context.Lock())
     end = time.monotonic() + args.limit

@@ -67,6 +67,55 @@ def test_right_with_ragged_edges(operands, schedule):
     assert_right(y, x, w, bias)
 
 
+K_FIRST = {
+    "normal, two squares": Schedule("normal", 64, 128, stages=2),
+    "normal, two consumers over N": Schedule("normal", 64, 128, stages=2, wgs=2, split="n"),
+    "normal, two consumers over M, pairs": Schedule("normal", 128, 64, stages=2, wgs=2, cm=2),
+    "swapped": SWAPPED,
+    "swapped, two squares a consumer, pairs": Schedule("swapped", 16, 256, stages=2, wgs=2, cm=2),
+    "swapped, two consumers over M": Schedule("swapped", 32, 64, stages=2, wgs=2, split="n"),
+}
+
+
+@pytest.mark.parametrize("schedule", K_FIRST.values(), ids=K_FIRST)
+@pytest.mark.parametrize("leaves", [1, 2])
+def test_weights_as_models_hold_them(operands, assert_same_bits, schedule, leaves):
+    x, w, bias = operands(9, 136, 272)
+    fixed = {"bias": bias, "leaves": leaves, "out_dtype": jnp.float32, "schedule": schedule}
+    y = simulated(x, np.ascontiguousarray(w.T), k_last=False, **fixed)
+    assert_right(y, x, w, bias)
+    assert_same_bits(y, simulated(x, w, **fixed))
+
+
+def test_weights_as_models_hold_them_of_any_width(operands, assert_same_bits):
+    x, w, _ = operands(5, 37, 64)
+    y = simulated(x, np.ascontiguousarray(w.T), k_last=False)
+    assert_same_bits(y, simulated(x, w))
+
+
+PAIRS = K_FIRST["normal, two consumers over M, pairs"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "leaves", "k_last"),
+    [
+        (NORMAL, 1, True),
+        (SWAPPED, 2, True),
+        (SWAPPED, 2, False),
+        (PAIRS, 1, True),
+        (PAIRS, 1, False),
+    ],
+    ids=["normal", "swapped", "swapped, [K, N]", "pairs", "pairs, [K, N]"],
+)
+def test_a_batch(normal, assert_same_bits, schedule, leaves, k_last):
+    x, w = normal(0, (3, 9, 144), jnp.bfloat16), normal(1, (3, 72, 144), jnp.bfloat16)
+    fixed = {"leaves": leaves, "schedule": schedule}
+    held = w if k_last else np.ascontiguousarray(w.swapaxes(1, 2))
+    y = simulated(x, held, k_last=k_last, **fixed)
+    for i in range(3):
+        assert_same_bits(y[i], simulated(x[i], w[i], **fixed), f"entry {i}")
+
+
 @pytest.mark.parametrize("schedule", [NORMAL, SWAPPED], ids=["normal", "swapped"])
 def test_row_does_not_follow_the_batch(operands, assert_same_bits, schedule):
     x, w, _ = operands(65, 24, 136)
@@ -100,6 +149,25 @@ def test_rows_keep_to_themselves(operands, assert_same_bits, schedule):
     assert_same_bits(dirty[keep], clean[keep])
 
 
+@pytest.mark.parametrize("k_last", [True, False])
+def test_float32_by_exact_products(normal, k_last):
+    x, w = normal(0, (9, 136), np.float32), normal(1, (72, 136), np.float32)
+    held = w if k_last else np.ascontiguousarray(w.T)
+    y = simulated(x, held, k_last=k_last, schedule=K_FIRST["swapped"])
+    assert y.dtype == jnp.float32
+    assert_right(y, x, w)
+
+
+def test_float32_has_every_bit_of_its_operands():
+    """One product each, whose operands have 24 and 1, and 1 and 24 bits: exact."""
+    x = np.zeros((2, 64), np.float32)
+    w = np.zeros((8, 64), np.float32)
+    x[0, 3], w[0, 3] = 1 + 2**-23, -(2.0**5)
+    x[1, 7], w[1, 7] = 2.0**-9, 1.9999999
+    y = simulated(x, w, schedule=NORMAL)
+    assert y[0, 0] == x[0, 3] * w[0, 3] and y[1, 1] == x[1, 7] * w[1, 7]
+
+
 def test_float16_and_n_of_no_multiple_of_eight(operands):
     x, w, bias = operands(5, 37, 64, np.float16)
     y = simulated(x, w, bias=bias)
@@ -112,13 +180,14 @@ def test_nothing_to_do():
     assert call(empty, np.ones((8, 64), jnp.bfloat16)).shape == (0, 8)
 
 
+@pytest.mark.parametrize("k_last", [True, False])
 @pytest.mark.parametrize("leaves", [1, 2, 8])
-def test_default_is_registered_and_has_room(leaves):
+def test_default_is_registered_and_has_room(leaves, k_last):
     for m in (1, 8, 33, 64, 65, 128, 200, 256, 257, 1000, 4096, 100_000):
         for n, k in ((8, 64), (576, 576), (4096, 4096), (151_936, 4096)):
-            s = mosaic_gpu.default_schedule(m, n, k, jnp.bfloat16, leaves)
-            assert s in mosaic_gpu.schedules(m, n, k, jnp.bfloat16, leaves)
-            assert s.fits(leaves)
+            s = mosaic_gpu.default_schedule(m, n, k, jnp.bfloat16, leaves, k_last=k_last)
+            assert s in mosaic_gpu.schedules(m, n, k, jnp.bfloat16, leaves, k_last=k_last)
+            assert s.fits(leaves) and (k_last or s.takes_k_first)
 
 
 def test_every_schedule_states_its_budget():
@@ -151,6 +220,10 @@ def test_impossible_schedules_are_refused(fields, message):
     ("x", "w", "kwargs", "error", "message"),
     [
         ((2, 64), (8, 72), {}, ValueError, "share K"),
+        ((2, 64), (8, 64), {"k_last": False}, ValueError, "w .K, N. must share K"),
+        ((2, 64), (64, 8), {"k_last": False, "schedule": NORMAL}, ValueError, "squares of 64"),
+        ((2, 64), (3, 8, 64), {}, ValueError, "x must be"),
+        ((2, 2, 64), (3, 8, 64), {}, ValueError, "must share K"),
         ((2, 64), (8, 64), {"leaves": 3}, ValueError, "power of two"),
         ((2, 64), (8, 64), {"leaves": 16}, NotImplementedError, "multiples of 8"),
         ((2, 60), (8, 60), {}, NotImplementedError, "multiples of 8"),
@@ -167,8 +240,8 @@ def test_other_dtypes_are_refused():
     half, single = np.ones((8, 64), jnp.bfloat16), np.ones((8, 64), np.float32)
     with pytest.raises(ValueError, match="share a dtype"):
         call(half, single)
-    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
-        call(single, single)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16 or float32, got int32"):
+        call(half.astype(np.int32), half.astype(np.int32))
 
 
 def test_a_schedule_without_room_is_refused():
