@@ -125,8 +125,9 @@ class BatchInvariant:
         Args:
           fn: a function of pytrees of arrays that can be traced; leaves that are no arrays are
             static.
-          implementation: "portable", or "mosaic_gpu" (Hopper: 16-bit dots by the project's
-            kernel, the rest portable); None: that of this device.
+          implementation: "portable", or "mosaic_gpu" (Hopper: dots of 16 and 32 bits by the
+            project's kernel, where an infinite float32 operand gives NaN; the rest portable);
+            None: that of this device.
           contract: its `leaves` cut the dots.
           exclude: names of primitives, or "file.py:line" places, that are left as they are.
           strict: refuse what is otherwise left with a warning: draws whose shape may hold the

@@ -65,7 +65,7 @@ def _axes(kernel: Sequence[int], params: dict[str, Any]) -> list[_Axis]:
     return [_Axis(i + 1, *move) for i, move in enumerate(moves)]
 
 
-def _depthwise(x: Array, w: Array, axes: Sequence[_Axis], out: Any) -> Array:
+def _depthwise(x: Array, w: Array, axes: Sequence[_Axis], platform: str | None, out: Any) -> Array:
     """x [N, *space, C], w [*kernel, C] -> [N, *positions, C]."""
     dtype = wide(jnp.promote_types(x.dtype, w.dtype))
     x, w = x.astype(dtype), w.astype(dtype)
@@ -75,7 +75,7 @@ def _depthwise(x: Array, w: Array, axes: Sequence[_Axis], out: Any) -> Array:
         seen = x
         for axis, i, count in zip(axes, place, positions, strict=True):
             seen = axis.tap(seen, i, count)
-        y = y + alone(seen * w[place])
+        y = y + alone(seen * w[place], platform)
     return narrowed(y, out)
 
 
@@ -100,7 +100,7 @@ def _lower(
     order = [0, len(axes) + 1, *range(1, len(axes) + 1)]
     order = [order[numbers.out_spec.index(i)] for i in range(len(order))]
     if depth == 1 and batch_groups == 1 and features == feature_groups:
-        return _depthwise(x, w[..., 0, :], axes, aval.dtype).transpose(order)
+        return _depthwise(x, w[..., 0, :], axes, platform, aval.dtype).transpose(order)
     groups = feature_groups * batch_groups
     positions, taps = [axis.positions(x) for axis in axes], math.prod(w.shape[: len(kernel)])
     for axis in axes:

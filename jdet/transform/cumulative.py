@@ -49,13 +49,12 @@ def _lower(
     args: Sequence[Array],
     params: dict[str, Any],
 ) -> Array:
-    del platform, rules
+    del rules
     [x] = args
     if not inexact(x):
         return primitive.bind(x, **params)
-    made = scan_axis(
-        alone(x.astype(wide(x.dtype))), params["axis"], primitive.name, params["reverse"]
-    )
+    wider = alone(x.astype(wide(x.dtype)), platform)
+    made = scan_axis(wider, params["axis"], primitive.name, params["reverse"])
     return narrowed(made, x.dtype)
 
 

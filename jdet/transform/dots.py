@@ -18,7 +18,8 @@ Schedules:
   packing: ynnpack/subgraph/dot.cc, github.com/google/XNNPACK; measured:
   scripts/bench/results/cpu-dot-rows.json.)
 - elsewhere: dots of one fixed tile under `lax.map`, so that no library can see the shape.
-- `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`.
+- `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`. One call for a
+  batch, y as it lies; of float32, the exact products of its bfloat16 parts.
 """
 
 import functools
@@ -86,10 +87,11 @@ def applies(equation: core.JaxprEqn) -> tuple[bool, str]:
     return False, "integers: exact in any order"
 
 
-def uses_kernel(implementation: str, dtypes: tuple[Any, Any], k: int, leaves: int) -> bool:
-    """Whether the project's Hopper kernel computes it: by dtypes and the contracted extent."""
-    halves = dtypes[0] == dtypes[1] and jnp.dtype(dtypes[0]) in _HALVES
-    return implementation == "mosaic_gpu" and halves and k > 0 and (k // leaves) % 8 == 0
+def uses_kernel(implementation: str, dtype: DTypeLike, k: int, leaves: int) -> bool:
+    """Whether the project's Hopper kernel computes it: by the sums' dtype and K."""
+    # By themselves the rows of a matrix are continued by zeros, the parts of a row are not.
+    aligned = leaves == 1 or (k // leaves) % 8 == 0
+    return implementation == "mosaic_gpu" and dtype == jnp.float32 and aligned
 
 
 class Matrix(NamedTuple):
@@ -213,6 +215,20 @@ def tiled(x: Array, y: Array) -> Array:
     return out.reshape(b, rows * TILE[0], columns * TILE[1])[:, :m, :n]
 
 
+def _by_kernel(x: Matrix, y: Matrix, leaves: int, out: Any) -> Array:
+    """[B, M, K] x [B, N, K] -> [B, M, N] on a Hopper GPU; only x need be moved to have K last."""
+    if y.k_last and not x.k_last:
+        return _by_kernel(y, x, leaves, out).swapaxes(1, 2)
+    if x.array.dtype != y.array.dtype or x.array.dtype not in _HALVES:
+        x, y = (matrix.map(lambda a: a.astype(jnp.float32)) for matrix in (x, y))
+    rows, extent = x.rows(), _up(x.array.shape[2 if x.k_last else 1], 8)
+    rows, columns = _pad(rows, extent, 2), _pad(y.array, extent, 2 if y.k_last else 1)
+    written = out if is_float(out) and jnp.dtype(out).itemsize in (2, 4) else jnp.float32
+    matmul = implementation_of("matmul", "mosaic_gpu")
+    made = matmul(rows, columns, k_last=y.k_last, leaves=leaves, out_dtype=written)
+    return narrowed(made, out)
+
+
 def contract(x: Matrix, y: Matrix, platform: str | None, rules: Rules, out: Any) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] of dtype `out`: see the module."""
     m, n = x.free, y.free
@@ -221,13 +237,11 @@ def contract(x: Matrix, y: Matrix, platform: str | None, rules: Rules, out: Any)
         return jnp.zeros((b, m, n), out)
     leaves = rules.leaves if k % rules.leaves == 0 else 1
     dtypes = x.array.dtype, y.array.dtype
-    if platform is None and uses_kernel(rules.implementation, dtypes, k, leaves):
-        matmul, xs, ys = implementation_of("matmul", "mosaic_gpu"), x.rows(), y.rows()
-        pairs = [matmul(xs[i], ys[i], leaves=leaves, out_dtype=jnp.float32) for i in range(b)]
-        return narrowed(jnp.stack(pairs), out)
     dtype = wide(jnp.promote_types(*dtypes))
     if jnp.dtype(out).itemsize > dtype.itemsize and is_float(out):
         dtype = jnp.dtype(out)
+    if platform == "cuda" and uses_kernel(rules.implementation, dtype, k, leaves):
+        return _by_kernel(x, y, leaves, out)
     in_halves = (
         platform == "cpu" and set(dtypes) == {jnp.dtype(jnp.bfloat16)} and dtype.itemsize == 4
     )
@@ -276,6 +290,9 @@ def _lower(
 ) -> Array:
     x, y = args
     contracted, batch = params["dimension_numbers"]
+    if platform == "cuda":  # as x holds them, so that a weight of several such axes is not moved
+        order = np.argsort(contracted[0])
+        contracted = tuple(tuple(axes[i] for i in order) for axes in contracted)
     out = params["preferred_element_type"]
     if out is None:
         out = jnp.result_type(x.dtype, y.dtype) if x.dtype == y.dtype else None

@@ -142,13 +142,13 @@ def _divide(
     number; and what is broadcast, or constant, follows from which extents are 1. A divisor that
     depends on x is neither.
     """
-    del platform, rules
+    del rules
     x, y = args
     if is_float(y.dtype):
         y = jnp.where(x != x, jnp.asarray(jnp.nan, y.dtype), y)
     if narrow(x.dtype):
         return rounded(primitive, (x, y), params)
-    return alone(primitive.bind(x, y, **params))
+    return alone(primitive.bind(x, y, **params), platform)
 
 
 def _divides(equation: core.JaxprEqn) -> tuple[bool, str]:

@@ -27,7 +27,8 @@ class Fixed:
     """How a primitive gets its fixed tree.
 
     Attributes:
-      lower: (primitive, platform, rules, operands, parameters) -> results.
+      lower: (primitive, platform, rules, operands, parameters) -> results; the platform is "cpu",
+        "cuda", or None for any other.
       applies: (whether this equation needs a twin, why).
       refuses: why this equation cannot have one; "" where it can.
     """
@@ -78,8 +79,12 @@ def narrowed(x: Array, dtype: DTypeLike) -> Array:
     return x.astype(dtype)
 
 
-def alone(x: Array) -> Array:
-    """x, whose last product no compiler may contract into a following sum (an FMA)."""
-    if not is_float(x.dtype):
+def alone(x: Array, platform: str | None) -> Array:
+    """x, whose last product no compiler may contract into a following sum (an FMA).
+
+    Nothing is needed for XLA on NVIDIA cards, which names the rounding of every instruction
+    (`mul.rn`, `add.rn`: tests/gpu_compile/test_transform.py).
+    """
+    if platform == "cuda" or not is_float(x.dtype):
         return x
     return jnp.where(x != x, jnp.asarray(jnp.nan, x.dtype), x)

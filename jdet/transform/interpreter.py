@@ -24,7 +24,7 @@ from jdet.compat import (
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
-from jdet.transform.transpositions import read_through
+from jdet.transform.transpositions import read_through, written_in_place
 from jdet.transform.twins import original, twin
 
 
@@ -114,7 +114,13 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
     """The outputs of a closed jaxpr on `args`."""
     values: dict[Any, Any] = {}
     copies: dict[Any, Iterator[Any]] = {}
-    equations = read_through(jaxpr, lambda dot: _choice(dot, run).action == TWIN)
+
+    def is_ours(dot: core.JaxprEqn) -> bool:
+        return _choice(dot, run).action == TWIN
+
+    equations = read_through(jaxpr, is_ours)
+    if run.rules.implementation == "mosaic_gpu":
+        equations = written_in_place(equations, jaxpr.outvars, is_ours)
     counts = readers(equations, jaxpr.outvars)
 
     def define(variables: Sequence[Any], made: Sequence[Any]) -> None:

@@ -6,6 +6,13 @@ the one block that is left, the second half is combined with the first until one
 Places are absolute: identities behind the last element (masked padding) change nothing, and neither
 does any other extent. 16-bit floats are summed in float32 and rounded once.
 
+Where XLA makes a thread of every element that a fusion writes (not on a CPU), the one block is
+written: threads side by side read lanes side by side, and none sums a whole row. So is the result
+of many elements, which every reader would make of the block anew.
+
+On NVIDIA cards maxima and minima of float32 and less are XLA's own: `max.NaN` puts -0 below 0 and
+makes one NaN of all, and so is exact in any order (PTX ISA 9.7.3, "max").
+
 A reduction with a function of the user's has no identity known: neighbours are combined, and an odd
 last element waits for the next round.
 """
@@ -23,6 +30,7 @@ from jdet.transform.fixed import Fixed, alone, inexact, narrowed, of_floats, wid
 from jdet.transform.rules import Rules
 
 LANES = 16
+_MANY = 1 << 20
 
 type Combine = Callable[[Array, Array], Array]
 
@@ -46,7 +54,11 @@ COMBINE: dict[str, tuple[Combine, Callable[[Any], Any]]] = {
 
 
 def tree(
-    parts: tuple[Array, ...], axis: int, combine: Any, identities: tuple[Any, ...]
+    parts: tuple[Array, ...],
+    axis: int,
+    combine: Any,
+    identities: tuple[Any, ...],
+    platform: str | None,
 ) -> tuple[Array, ...]:
     """Arrays combined over one axis, which goes; `combine` takes and gives tuples."""
     shape = parts[0].shape
@@ -66,6 +78,7 @@ def tree(
         left, right = (x.reshape(*shape[:axis], blocks * size, *shape[axis + 1 :]) for x in ends)
         return left, right
 
+    many = parts[0].size > _MANY
     parts = up_to(parts, LANES)
     while (extent := parts[0].shape[axis]) > 1:
         if extent > LANES:
@@ -73,6 +86,9 @@ def tree(
         blocks = max(parts[0].shape[axis] // (2 * LANES), 1)
         left, right = zip(*(halves(x, blocks) for x in parts), strict=True)
         parts = combine(left, right)
+        written = parts[0].shape[axis] == LANES or (parts[0].shape[axis] == 1 and many)
+        if platform != "cpu" and written:
+            parts = lax.optimization_barrier(parts)
     return tuple(lax.squeeze(x, (axis,)) for x in parts)
 
 
@@ -88,11 +104,12 @@ def pairs_of(parts: tuple[Array, ...], axis: int, combine: Any) -> tuple[Array, 
     return tuple(lax.squeeze(x, (axis,)) for x in parts)
 
 
-def reduce_axes(x: Array, axes: Sequence[int], kind: str) -> Array:
+def reduce_axes(x: Array, axes: Sequence[int], kind: str, platform: str | None) -> Array:
     """ "sum", "prod", "max" or "min" over several axes, the last one first."""
     combine, identity = COMBINE[kind]
     for axis in sorted(axes, reverse=True):
-        [x] = tree((x,), axis, lambda a, b: (combine(a[0], b[0]),), (identity(x.dtype),))
+        one = (identity(x.dtype),)
+        [x] = tree((x,), axis, lambda a, b: (combine(a[0], b[0]),), one, platform)
     return x
 
 
@@ -104,11 +121,15 @@ def _lower(kind: str) -> Any:
         args: Sequence[Array],
         params: dict[str, Any],
     ) -> Array:
-        del platform, rules
+        del rules
         [x] = args
         if not inexact(x):
             return primitive.bind(x, **params)
-        made = reduce_axes(alone(x.astype(wide(x.dtype))), params["axes"], kind)
+        if platform == "cuda" and kind in ("max", "min") and wide(x.dtype) == jnp.float32:
+            # Apart, or XLA makes one Triton kernel of a softmax's first half, and a larger result.
+            return lax.optimization_barrier(primitive.bind(x, **params))
+        wider = alone(x.astype(wide(x.dtype)), platform)
+        made = reduce_axes(wider, params["axes"], kind, platform)
         return narrowed(made, x.dtype)
 
     return lower

@@ -69,7 +69,7 @@ def _lower(
         )
 
     dtype = wide(x.dtype)
-    operands = (x.astype(dtype), indices, alone(updates.astype(dtype)))
+    operands = (x.astype(dtype), indices, alone(updates.astype(dtype), platform))
     if platform == "cpu" or unique:
         return narrowed(scatter(*operands), x.dtype)
     return narrowed(_in_order(scatter, *operands, numbers), x.dtype)

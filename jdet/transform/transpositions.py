@@ -1,17 +1,28 @@
-"""Dots of operands as they lie: a transposition in front of one is read through.
+"""Dots of operands as they lie and results as they are wanted, without the transpositions between.
 
 `x @ w.T` gives the axes of w other places, and the dot finds them there. With the places they
 have in w itself it is the same dot, and nothing has to be moved for it: `jdet.transform.dots`
 multiplies operands as they lie in memory, and copies one that a transposition has turned.
+
+An einsum is a dot and often a transposition of its result. XLA has its own dots write any layout;
+the result of a kernel has one, and what a kernel computes may be the other product, y by x, with
+its free axes in another order (`written_in_place`).
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend import core
 
+# Elements of K up to which an operand counts as smaller than the result.
+SHORT = 256
 
-def read_through(jaxpr: core.Jaxpr, wanted: Callable[[core.JaxprEqn], bool]) -> list[core.JaxprEqn]:
+type Wanted = Callable[[core.JaxprEqn], bool]
+
+
+def read_through(jaxpr: core.Jaxpr, wanted: Wanted) -> list[core.JaxprEqn]:
     """The equations of a jaxpr, the `wanted` dots on what was turned for them.
 
     A transposition that nothing else reads is left out.
@@ -44,3 +55,79 @@ def _of_sources(dot: core.JaxprEqn, turned: dict[Any, core.JaxprEqn]) -> core.Ja
             operands[side] = turned[operands[side]].invars[0]
     numbers = tuple(contracted), tuple(batch)
     return dot.replace(invars=operands, params=dict(dot.params, dimension_numbers=numbers))
+
+
+def written_in_place(
+    equations: Sequence[core.JaxprEqn], outputs: Sequence[Any], wanted: Wanted
+) -> list[core.JaxprEqn]:
+    """The equations; a `wanted` dot that only a transposition reads writes the turned result.
+
+    Its free axes may need another order first: then an operand is turned instead, where `SHORT`
+    says that it is small. No other extent has a say: which operand comes first is part of the tree.
+    """
+    atoms = [atom for equation in equations for atom in equation.invars] + list(outputs)
+    reads = Counter(atom for atom in atoms if not isinstance(atom, core.Literal))
+    turns = {
+        equation.invars[0]: equation
+        for equation in equations
+        if equation.primitive.name == "transpose"
+        and not isinstance(equation.invars[0], core.Literal)
+    }
+    made: list[core.JaxprEqn] = []
+    done: list[core.JaxprEqn] = []
+    for equation in equations:
+        if equation.primitive.name == "dot_general" and wanted(equation):
+            [result] = equation.outvars
+            if result in turns and reads[result] == 1 and (new := _turned(equation, turns[result])):
+                done.append(turns[result])
+                made += new
+                continue
+        if not any(equation is other for other in done):
+            made.append(equation)
+    return made
+
+
+def _turned(dot: core.JaxprEqn, transposition: core.JaxprEqn) -> list[core.JaxprEqn]:
+    """Equations that write what the transposition makes of the dot's result, the dot the last.
+
+    None where the turned result is not that of a dot, or of one with a longer operand to turn.
+    """
+    contracted, batch = dot.params["dimension_numbers"]
+    count, operands = len(batch[0]), list(dot.invars)
+    frees = [
+        [axis for axis in range(len(x.aval.shape)) if axis not in contracted[i] + batch[i]]
+        for i, x in enumerate(operands)
+    ]
+    # Of the result, the operand and the axis that each of its free axes comes from.
+    sources = [(side, axis) for side in (0, 1) for axis in frees[side]]
+    permutation = transposition.params["permutation"]
+    leading, rest = permutation[:count], [sources[i - count] for i in permutation[count:]]
+    sides = [side for side, _ in rest]
+    order = (0, 1) if sides == sorted(sides) else (1, 0)
+    if max(leading, default=0) >= max(count, 1) or sides != sorted(sides, reverse=order == (1, 0)):
+        return []
+    if dot.params["out_sharding"] is not None:
+        return []
+    made: list[core.JaxprEqn] = []
+    for side, x in enumerate(operands):
+        wanted = [axis for of, axis in rest if of == side]
+        if wanted == frees[side]:
+            continue
+        if math.prod(x.aval.shape[axis] for axis in contracted[side]) > SHORT:
+            return []
+        axes = list(range(len(x.aval.shape)))
+        for place, axis in zip(frees[side], wanted, strict=True):
+            axes[place] = axis
+        shape = tuple(x.aval.shape[axis] for axis in axes)
+        operands[side] = core.Var(x.aval.update(shape=shape))
+        params = dict(transposition.params, permutation=tuple(axes))
+        made.append(transposition.replace(invars=[x], outvars=[operands[side]], params=params))
+    numbers = (
+        tuple(tuple(contracted[side]) for side in order),
+        tuple(tuple(batch[side][i] for i in leading) for side in order),
+    )
+    params = dict(dot.params, dimension_numbers=numbers)
+    if isinstance(dot.params["precision"], tuple):
+        params["precision"] = tuple(dot.params["precision"][side] for side in order)
+    invars = [operands[side] for side in order]
+    return [*made, dot.replace(invars=invars, outvars=transposition.outvars, params=params)]

@@ -120,7 +120,7 @@ def _make(primitive: core.Primitive) -> core.Primitive:
 
         usual[made] = batch
 
-    for platform in ("cpu", None):
+    for platform in ("cpu", "cuda", None):
         lower = functools.partial(lowerings.lower, primitive, platform)
         rule = mlir.lower_fun(lower, multiple_results=primitive.multiple_results)
         mlir.register_lowering(made, rule, platform=platform)

@@ -67,11 +67,11 @@ def _lower(kind: str) -> Any:
         args: Sequence[Array],
         params: dict[str, Any],
     ) -> Array:
-        del platform, rules
+        del rules
         [x] = args
         if not inexact(x):
             return primitive.bind(x, **params)
-        wider = alone(x.astype(wide(x.dtype)))
+        wider = alone(x.astype(wide(x.dtype)), platform)
         wider = _padded(wider, identity(wider.dtype), params)
         [made] = over_windows((wider,), lambda a, b: (combine(a[0], b[0]),), params)
         return narrowed(made, x.dtype)
@@ -139,13 +139,13 @@ def _scatter_add(
 
     Tree: to zero the source whose window has the element first, second, ... in row-major order.
     """
-    del primitive, platform, rules
+    del primitive, rules
     source, x = args
     combine, fill = _picking(params)
     padded = _padded(x, fill(x.dtype), params)
     places = lax.iota(jnp.int32, padded.size).reshape(padded.shape)
     _, chosen = over_windows((padded, places), combine, params)
-    wider = alone(source.astype(wide(source.dtype)))
+    wider = alone(source.astype(wide(source.dtype)), platform)
     total = jnp.zeros(padded.shape, wider.dtype)
     strides = params["window_strides"]
     for place in itertools.product(*map(range, params["window_dimensions"])):
