@@ -51,6 +51,19 @@ def trace_jaxpr(function: Callable[..., Any], avals: Sequence[Any], like: Any = 
     return core.ClosedJaxpr(jaxpr, consts)
 
 
+def store(ref: Any, value: Any) -> None:
+    """`ref[...] = value` in a Mosaic GPU kernel, in parts of a sector too.
+
+    From jax 0.12 on these have to be asked for, by a function that 0.11 does not have.
+    """
+    from jax.experimental.pallas import mosaic_gpu  # where no kernel is used, not imported
+
+    if (by_name := getattr(mosaic_gpu, "store", None)) is not None:
+        by_name(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def shard_map_of(equation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under `jax.shard_map` with the mesh and the specs of an equation that is one."""
     params = equation.params

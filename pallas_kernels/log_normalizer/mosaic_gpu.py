@@ -46,6 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jdet.compat import store
 from jdet.pallas_kernels.exact import exact
 from jdet.pallas_kernels.log_normalizer import LogNormalizer
 
@@ -97,8 +98,8 @@ def _group(logits_g: Any, maximum_g: Any, sum_g: Any, *, groups: int, interpret:
     below = x - lax.broadcast_in_dim(_finite(maximum), x.shape, (0,))
     total = jnp.sum(jnp.exp2(below * _LOG2_E), axis=1)
     chunks = pl.ds(group * _WARPS, _WARPS)
-    maximum_g.at[row, chunks][...] = maximum
-    sum_g.at[row, chunks][...] = total
+    store(maximum_g.at[row, chunks], maximum)
+    store(sum_g.at[row, chunks], total)
 
 
 def _merge(
