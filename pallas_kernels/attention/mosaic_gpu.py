@@ -158,7 +158,7 @@ def _attention(
         out_type=out_type,
         grid=(grid,),
         grid_names=("block",),
-        num_threads=s.consumers(d) + 1,
+        num_threads=s.warpgroups(d),
         thread_name="wg",
         kernel_name="jdet_attention",
         **params,
