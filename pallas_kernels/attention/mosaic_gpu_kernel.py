@@ -1,22 +1,23 @@
 """The main kernel of the Mosaic GPU attention; its tree and its schedules stand in `mosaic_gpu`.
 
-A block is one producer warpgroup, which only starts copies, and one or two consumers: a tile of
+A team is one producer warpgroup, which only starts copies, and one or two consumers: a tile of
 queries each; or, at head_dim 256, one tile, of whose scores each computes all, and of whose o a
-band of 128 columns. All walk the same items (mosaic_gpu_schedules), so they agree on slots
-without a word:
+band of 128 columns. A block is a team, or two that share nothing but the multiprocessor: one
+computes while the other waits. All of a team walk the same items (mosaic_gpu_schedules), so they
+agree on slots without a word:
 
 - `full[slot]`, `empty[slot]`: a tile of keys or values, or a band of one, has come, has been used
   by all consumers.
-- `q_full`, `q_empty`: the same for the queries of an item, two slots if spread.
+- `q_full`, `q_empty`: the same for a team's queries.
 
 A consumer arrives with all its threads, each after its own wgmma has ended. What threads
-write and the copy engine or wgmma then reads lies behind a `commit_smem`.
+write and the copy engine or wgmma then reads lies behind a `commit_smem`. What a spread grid
+leaves goes from registers to memory.
 """
 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

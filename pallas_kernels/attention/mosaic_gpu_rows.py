@@ -42,9 +42,7 @@ class Rows:
         self.mul_row = functools.partial(exact, "mul.rn.f32", self.row_layout, interpret)
 
     def across(self, x: jax.Array, width: int) -> jax.Array:
-        return plgpu.layout_cast(
-            lax.broadcast_in_dim(x, (self.height, width), (0,)), self.layout
-        )
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.height, width), (0,)), self.layout)
 
     def _inline(self, f: Any, shape: tuple[int, ...], dtype: Any, layout: Any, *given: Any) -> Any:
         types = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
@@ -152,7 +150,6 @@ class Rows:
             to[...] = x[: self.used]
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.layout))
         def f(ctx: Any, to: Any, x: Any) -> None:
             del ctx
             i32 = ir.IntegerType.get_signless(32)
@@ -164,7 +161,7 @@ class Rows:
                 return arith.index_cast(ir.IndexType.get(), value)
 
             thread = arith.remui(mgpu.thread_idx(), number(128))
-            warp, lane = (f(thread, number(32)) for f in (arith.divui, arith.remui))
+            warp, lane = (op(thread, number(32)) for op in (arith.divui, arith.remui))
             first = arith.muli(warp, number(8 if self.half else 16))
             first = arith.addi(first, arith.divui(lane, number(4)))
             column = arith.muli(arith.remui(lane, number(4)), number(2))
@@ -176,4 +173,5 @@ class Rows:
                             at = arith.addi(column, number(8 * index[1]))
                             vector.store(pair, to, [place(row), place(at)])
 
-        f(to, x)
+        given: Any = plgpu.RefType(), self.layout
+        plgpu.inline_mgpu(arg_types=given)(f)(to, x)

@@ -15,6 +15,8 @@ from jax import lax
 
 ROWS = 64  # wgmma's M: query rows of a tile
 SMS = 132  # of an H100 or H200 SXM
+# Of a spread grid: shares of contexts of 2^n keys end where heads do, and 128 reach all the memory.
+BLOCKS = 128
 SMEM_BYTES = 232_448  # per block on sm_90
 
 
@@ -23,8 +25,8 @@ class Schedule:
     """How the tree is walked.
 
     Attributes:
-      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a block takes a share of
-        all splits; a second kernel folds what a block could not).
+      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a team takes a share of
+        all splits; a second kernel folds what a team could not).
       wgs: tiles of 64 rows that a block walks side by side; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
@@ -34,7 +36,7 @@ class Schedule:
 
     kind: str
     wgs: int = 1
-    blocks: int = SMS
+    blocks: int = BLOCKS
     merge_rows: int = 4
     merge_columns: int = 128
     fetch: int = 1

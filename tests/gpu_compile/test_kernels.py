@@ -104,10 +104,12 @@ def test_attention(kernels, heads, length, schedule, options, room):
         )
 
     opcodes, spilled = kernels(attend, q, cache, cache, positions)["jdet_attention"]
-    # Of each split that is compiled, masked and not if walked: a score, a value of o, two of l.
-    scores, values = 128, min(dim, 128) // 2
+    # Of each split that is compiled, masked and not if walked: a score, a value of o, one of l,
+    # for each of a thread's rows that may carry a query: one in decode, two in prefill.
+    rows = 1 if length == 1 else 2
+    scores, values = rows * 64, rows * min(dim, 128) // 4
     splits = 1 if schedule.kind == "spread" else 2
-    assert opcodes["fma.rn.f32"] == splits * (scores + values + 2)
+    assert opcodes["fma.rn.f32"] == splits * (scores + values + rows)
     assert opcodes["rcp.approx.ftz.f32"] == (splits * scores if "soft_cap" in options else 0)
     assert spilled <= room
 
