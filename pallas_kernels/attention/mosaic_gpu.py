@@ -42,7 +42,9 @@ Decode uses the same 64-row tile with few real rows. Where they are at most 8, h
 thread's registers hold no row, and are left out (mosaic_gpu_rows): half of the exponentials, and
 registers for two teams of a producer and a consumer in a block, each with a share of its own. One
 waits for memory, the tensor core or exponentials while the other computes, so that a block takes
-what the memory gives and not what one consumer can use: with one, blocks ended 10 % apart.
+what the memory gives and not what one consumer can use: with one, blocks ended 10 % apart
+(scripts/bench/results/h200-attention-decode-experiments.json).
+
 With a sliding window a block begins with the first split that its queries need; those before it are
 neither loaded nor counted in the shares. At head_dim 256 two consumers share a tile of queries:
 each computes all scores, and 128 columns of o, as many as its registers hold.
@@ -54,15 +56,13 @@ Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and
 (walked by 2), 3 slots and 16 KiB for each of two teams, 6 slots and 16 KiB for one, under 227 KiB.
 At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5
 for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
-of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. At head_dim
-128 ptxas stores none to local memory, or 5 words a thread without pages (decode), 40 (spread,
-prefill) or 103 (walked by 2); at 64 none. Pages of 16 add 34 in decode, in the producer, and 22 in
-walked by 2. A window and a cap add 78 (walked by 2). At head_dim 256 it is 7 (decode) and about 190
-(walked), and 200 more in the producer for pages of 16.
+of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
+ptxas stores to local memory, a thread: none in decode, or 5 without pages; 40 in spread prefill;
+103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 7 in decode, 190
+to 270 walked. Pages of 16 add 30 to 130, in the producer.
 
-On an H100: bits in scripts/bench/results/h100-check-attention.json; those of windows, caps and
-head_dim 256 on an H200 (h200-check-attention-options.json). Times on an H200, without these
-options: h200-attention.json.
+Bits: scripts/bench/results/h200-attention-2.json, those that an earlier form had on an H100 and an
+H200 (h100-check-attention.json, h200-check-attention-options.json). Times on an H200: the first.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
