@@ -32,13 +32,19 @@ Schedules (what the bits do not depend on; mosaic_gpu_schedules):
 - `walked`: a block has 1 or 2 consumer warpgroups of 64 query rows (the heads that share keys x
   consecutive queries) and walks their splits in order; for prefill. Splits that all rows see
   in full are not masked.
-- `spread`: 132 blocks take equal, contiguous shares of all (tile, head, split). What a block meets
+- `spread`: equal, contiguous shares of all (tile, head, split). What the taker of one meets
   from split 0 on it folds as it goes and leaves at the last of these splits; any other split it
   leaves alone. Both lie in memory in float32, and `fold`, a second kernel, merges them in order.
   For decode: equal work whatever the lengths, and no partial results where shares hold many heads.
   A block of the fold takes all columns, or 32 where there are few blocks and many splits to fetch.
 
-Decode uses the same 64-row tile with few real rows: it waits for memory, not for the tensor core.
+Decode uses the same 64-row tile with few real rows. Where they are at most 8, half of every
+thread's registers hold no row, and are left out (mosaic_gpu_rows): half of the exponentials, and
+registers for two teams of a producer and a consumer in a block, each with a share of its own. One
+waits for memory, the tensor core or exponentials while the other computes, so that a block takes
+what the memory gives and not what one consumer can use: with one, blocks ended 10 % apart
+(scripts/bench/results/h200-attention-decode-experiments.json).
+
 With a sliding window a block begins with the first split that its queries need; those before it are
 neither loaded nor counted in the shares. At head_dim 256 two consumers share a tile of queries:
 each computes all scores, and 128 columns of o, as many as its registers hold.
@@ -47,18 +53,16 @@ A producer warpgroup keeps a ring of tiles of keys and values full, in the order
 cache it reads the page numbers itself, and starts one copy for each page that a tile meets.
 
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
-(walked by 2), 5 slots, 2 x 16 KiB of queries and 16 KiB of results on their way out (spread),
-under 227 KiB. At head_dim 256 a tile is two slots: 6 slots and 32 KiB (walked), 4, 2 x 32 and 32
-(spread). The fold: 4 * fetch splits of 3 KiB, or 1.5 for 32 columns. Registers of a consumer
-thread: 128 of scores (then 64 of p and 64 of o'), 64 of o, of 240 (walked by 2) or 255. At head_dim
-128 ptxas stores 17 to 19 words a thread to local memory (spread), 26 (spread, prefill) or 90
-(walked by 2); at 64 none, or 1 (walked by 2). Pages of 16 add 22 in walked by 2, in the producer.
-A window and a cap add 13 (spread) and 78 (walked by 2). At head_dim 256 it is about 180 (spread)
-and 310 (walked), and 200 more in the producer for pages of 16.
+(walked by 2), 3 slots and 16 KiB for each of two teams, 6 slots and 16 KiB for one, under 227 KiB.
+At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5
+for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
+of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
+ptxas stores to local memory, a thread: none in decode, or 5 without pages; 40 in spread prefill;
+103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 7 in decode, 190
+to 270 walked. Pages of 16 add 30 to 130, in the producer.
 
-On an H100: bits in scripts/bench/results/h100-check-attention.json; those of windows, caps and
-head_dim 256 on an H200 (h200-check-attention-options.json). Times on an H200, without these
-options: h200-attention.json.
+Bits: scripts/bench/results/h200-attention-2.json, those that an earlier form had on an H100 and an
+H200 (h100-check-attention.json, h200-check-attention-options.json). Times on an H200: the first.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
@@ -158,7 +162,7 @@ def _attention(
         out_type=out_type,
         grid=(grid,),
         grid_names=("block",),
-        num_threads=s.consumers(d) + 1,
+        num_threads=s.warpgroups(d),
         thread_name="wg",
         kernel_name="jdet_attention",
         **params,

@@ -1,28 +1,30 @@
 """The main kernel of the Mosaic GPU attention; its tree and its schedules stand in `mosaic_gpu`.
 
-A block is one producer warpgroup, which only starts copies, and one or two consumers: a tile of
+A team is one producer warpgroup, which only starts copies, and one or two consumers: a tile of
 queries each; or, at head_dim 256, one tile, of whose scores each computes all, and of whose o a
-band of 128 columns. All walk the same items (mosaic_gpu_schedules), so they agree on slots
-without a word:
+band of 128 columns. A block is a team, or two that share nothing but the multiprocessor: one
+computes while the other waits. All of a team walk the same items (mosaic_gpu_schedules), so they
+agree on slots without a word:
 
 - `full[slot]`, `empty[slot]`: a tile of keys or values, or a band of one, has come, has been used
   by all consumers.
-- `q_full`, `q_empty`: the same for the queries of an item, two slots if spread.
+- `q_full`, `q_empty`: the same for a team's queries.
 
 A consumer arrives with all its threads, each after its own wgmma has ended. What threads
-write and the copy engine or wgmma then reads lies behind a `commit_smem`.
+write and the copy engine or wgmma then reads lies behind a `commit_smem`. What a spread grid
+leaves goes from registers to memory.
 """
 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdet.pallas_kernels.attention.mosaic_gpu_merge import LANES, fill, finish, merge
+from jdet.pallas_kernels.attention.mosaic_gpu_rows import Rows
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
     Schedule,
@@ -33,24 +35,17 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
 from jdet.pallas_kernels.exact import exact
 
 _CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
-_PRODUCER_REGISTERS = 24
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 _TILED = (plgpu.TilingTransform((8, _CHUNK)), plgpu.SwizzleTransform(128))
 
 
 def _union(shape: tuple[int, ...], tiled: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
     """A buffer as the copy engine sees it (rows of 128 bytes) and as wgmma and registers do."""
     row = plgpu.SwizzleTransform(128)
-    width = 128 // jnp.dtype(dtype).itemsize
-    view = plgpu.SMEM(tiled, dtype, transforms=(plgpu.TilingTransform((8, width)), row))
     if interpret:
-        return view
-    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(row,)), view)
-
-
-def _across(x: jax.Array, width: int) -> jax.Array:
-    return lax.broadcast_in_dim(x, (ROWS, width), (0,))
+        return plgpu.SMEM(tiled, dtype, transforms=_TILED)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(row,)), plgpu.SMEM(tiled, dtype, transforms=_TILED)
+    )
 
 
 def attention_kernel(
@@ -67,25 +62,34 @@ def attention_kernel(
     q_g = g["q"]
     spread, decode = s.kind == "spread", "rows" not in g
     chunks, band_chunks = d.dim // _CHUNK, d.band // _CHUNK
-    consumers = s.consumers(d)
+    consumers, teams = s.consumers(d), s.teams(d)
     group = d.rows // d.queries
     split_slots = 2 * d.tiles * d.bands
+    registers = s.registers(d)
     length = q_g.shape[1]
     tiles = pl.cdiv(length, d.queries)
-    q_slots = 2 if spread else s.wgs
     page_size = g["k"].shape[2] if "table" in g else d.tile
     window = min(page_size, d.tile)  # keys of one copy
     windowed = d.sliding_window is not None
-    fma = functools.partial(exact, "fma.rn.f32", plgpu.Layout.WGMMA, interpret)
-    fma_row = functools.partial(exact, "fma.rn.f32", _ROW_LAYOUT, interpret)
+    rows = Rows(d.rows, d.few, interpret)
+    fma, across = rows.fma, rows.across
 
-    def scope(q_s, kv_s, keys_s, full, empty, q_full, q_empty, y_s: Any = None, p_s: Any = None):
+    def scope(q_s, kv_s, full, empty, q_full, q_empty, p_s: Any = None):
         q_in, q_mma = (q_s, q_s) if interpret else q_s
         wg = lax.axis_index("wg")
         band = wg if d.bands > 1 else 0
+        team = lax.rem(wg, teams) if teams > 1 else 0
+
+        def ring(at):
+            """The slot of a team's copy number `at`."""
+            return team * slots + lax.rem(at, slots)
 
         if spread:
-            each_item = functools.partial(walk_share, last=g["last"], ends=g["ends"], d=d)
+            blocks = lax.axis_size("block")
+            share = team * blocks + lax.axis_index("block")
+            each_item = functools.partial(
+                walk_share, share=share, shares=teams * blocks, last=g["last"], ends=g["ends"], d=d
+            )
         else:
             each_item = functools.partial(walk_block, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
 
@@ -107,11 +111,14 @@ def attention_kernel(
             ]
 
         def produce():
-            if consumers > 1:
-                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            if registers:
+                plgpu.set_max_registers(registers[0], action="decrease")
 
             def tile_copies(src, batch, head, key, cols, low, last, slot):
-                """Pairs of windows for columns of the tile of keys or values from `key` on."""
+                """Pairs of windows for columns of the tile of keys or values from `key` on.
+
+                To be called before the slot is waited for: pages are looked up meanwhile.
+                """
                 if "table" not in g:
                     return [(src.at[batch, head, pl.ds(key, d.tile), cols], kv_s.at[slot])]
                 keys = [key + i for i in range(0, d.tile, window)]
@@ -123,7 +130,7 @@ def attention_kernel(
                     at = lax.max(at, low) if windowed else at
                     return g["table"][batch, lax.div(at, page_size)]
 
-                pages = [page_of(at) for at in keys]  # all loads before the first copy
+                pages = [page_of(at) for at in keys]
                 return [
                     (
                         src.at[page, head, pl.ds(lax.rem(at, page_size), window), cols],
@@ -132,19 +139,21 @@ def attention_kernel(
                     for i, (at, page) in enumerate(zip(keys, pages, strict=True))
                 ]
 
-            def item(count, done, row, head, first, end, last):
-                for i in range(s.wgs):
-                    slot = lax.rem(count, 2) if spread else i
+            def item(loads, done, row, head, first, end, last, fresh, _):
+                @pl.when(fresh)
+                def _():
                     if spread:
 
-                        @pl.when(count >= q_slots)
-                        def _(slot=slot):
-                            plgpu.barrier_wait(q_empty.at[slot])
+                        @pl.when(loads > 0)
+                        def _():
+                            plgpu.barrier_wait(q_empty.at[team])
 
                     # A tile past the last of its row is another row's, or nothing: never stored.
-                    for c in range(chunks):
-                        for src, dst in q_copies(q_g, q_in, row + i, head, slot, c):
-                            plgpu.copy_gmem_to_smem(src, dst, q_full.at[slot if spread else 0])
+                    for i in range(s.wgs):
+                        for c in range(chunks):
+                            for src, dst in q_copies(q_g, q_in, row + i, head, team + i, c):
+                                plgpu.copy_gmem_to_smem(src, dst, q_full.at[team])
+
                 batch = row if decode else lax.div(row, tiles)
                 begin = done * split_slots
                 origin, low = 0, None
@@ -155,40 +164,41 @@ def attention_kernel(
                 def split_loop(i, _):
                     for j in range(split_slots):
                         at = begin + (i - first) * split_slots + j
-                        slot = lax.rem(at, slots)
-
-                        @pl.when(at >= slots)
-                        def _(slot=slot):
-                            plgpu.barrier_wait(empty.at[slot])
+                        slot = ring(at)
 
                         tile, b = divmod(j, d.bands)
                         src = g["k" if tile < d.tiles else "v"]
                         key = (origin + i) * d.kv_split + tile % d.tiles * d.tile
                         cols = pl.ds(b * d.band, d.band)
-                        for window_g, window_s in tile_copies(
-                            src, batch, head, key, cols, low, last, slot
-                        ):
+                        copies = tile_copies(src, batch, head, key, cols, low, last, slot)
+
+                        @pl.when(at >= slots)
+                        def _(slot=slot):
+                            plgpu.barrier_wait(empty.at[slot])
+
+                        for window_g, window_s in copies:
                             plgpu.copy_gmem_to_smem(window_g, window_s, full.at[slot])
 
                 lax.fori_loop(first, end, split_loop, None)
 
-            segments, splits = each_item(item)
+            loads, splits = each_item(item)
 
-            def drain(barrier, size, total):
-                def wait(at, _):
-                    plgpu.barrier_wait(barrier.at[lax.rem(at, size)])
+            def drain(at, _):
+                plgpu.barrier_wait(empty.at[ring(at)])
 
-                lax.fori_loop(lax.max(total - size, 0), total, wait, None)
-
-            drain(empty, slots, splits * split_slots)
+            total = splits * split_slots
+            lax.fori_loop(lax.max(total - slots, 0), total, drain, None)
             if spread:
-                drain(q_empty, 2, segments)
 
-        def split(at, q_slot, start, limit, low_key, last_key):
+                @pl.when(loads > 0)
+                def _():
+                    plgpu.barrier_wait(q_empty.at[team])
+
+        def split(at, q_slot, start, limit, low_key, last_key, q_used):
             """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen."""
 
             def slot_of(tile, b):
-                return lax.rem(at + (tile * d.bands + b), slots)
+                return ring(at + (tile * d.bands + b))
 
             def wait_for(tile):
                 """Of all bands, used or not: phases of a slot are counted by waiting."""
@@ -217,39 +227,32 @@ def attention_kernel(
                 return [acc[...] for acc in accs]
 
             acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
-            scores = pl.run_scoped(score, *[acc] * d.tiles)
+            scores = [rows.take(x) for x in pl.run_scoped(score, *[acc] * d.tiles)]
             if not early:
                 for j in range(d.tiles):
                     release(j)
+            if q_used is not None:
+                pl.when(q_used)(lambda: plgpu.barrier_arrive(q_empty.at[team]))
             if d.cap is not None:
                 scores = [capped(x, d.cap) for x in scores]
             if limit is not None:
                 for j in range(d.tiles):
-                    # Loaded anew: an iota would be hoisted out of all loops, into registers
-                    # that are not there.
-                    key = plgpu.load(keys_s, layout=_COLUMN_LAYOUT, optimized=False)
-                    key = lax.broadcast_in_dim(key, (ROWS, d.tile), (1,))
                     last = limit - (start + j * d.tile)
-                    if last.ndim:
-                        last = _across(last, d.tile)
-                    seen = key <= last
-                    if d.sliding_window is not None:
-                        seen &= key > last - d.sliding_window
-                    scores[j] = jnp.where(seen, scores[j], -jnp.inf)
+                    scores[j] = rows.keep_seen(scores[j], last, d.sliding_window)
             m = scores[0].max(axis=1)
             for x in scores[1:]:
                 m = jnp.maximum(m, x.max(axis=1))
             if d.cap is None:
-                m = exact("mul.rn.f32", _ROW_LAYOUT, interpret, m, d.factor)
+                m = rows.mul_row(m, d.factor)
             base = jnp.where(m == -jnp.inf, 0.0, m)
             total: Any = None
             p = []
             for x in scores:
-                minus = _across(-base, d.tile)
+                minus = across(-base, d.tile)
                 x = jnp.exp2(fma(x, d.factor, minus) if d.cap is None else x + minus)
-                part = x.sum(axis=1)
+                part = rows.sum(x)
                 total = part if total is None else total + part
-                p.append(x.astype(q_g.dtype))
+                p.append(rows.give(x.astype(q_g.dtype)))
 
             if limit is not None:
                 for j in range(d.tiles):
@@ -278,12 +281,12 @@ def attention_kernel(
             if not early:
                 for j in range(d.tiles):
                     release(d.tiles + j)
-            return m, total, [out]
+            return m, total, [rows.take(out)]
 
         def capped(x, cap):
             """c tanh(score / c) in units of log2 e: c - 2 c / (e^(2 score / c) + 1)."""
             power = jnp.exp2(x * d.factor)
-            part = exact("rcp.approx.ftz.f32", plgpu.Layout.WGMMA, interpret, power + 1.0)
+            part = exact("rcp.approx.ftz.f32", rows.layout, interpret, power + 1.0)
             return fma(part, -2.0 * cap, cap)
 
         def clear(slot, low, last):
@@ -312,20 +315,26 @@ def attention_kernel(
         def nothing():
             """What a split is merged into first."""
             return (
-                fill((ROWS,), -jnp.inf, _ROW_LAYOUT),
-                fill((ROWS,), 0.0, _ROW_LAYOUT),
-                fill((ROWS, d.band), 0.0, plgpu.Layout.WGMMA),
+                fill((rows.height,), -jnp.inf, rows.row_layout),
+                fill((rows.height,), 0.0, rows.row_layout),
+                fill((rows.height, d.band), 0.0, rows.layout),
             )
 
-        def merge_splits(begin, end, state, offset, q_slot, limit, low_key, last_key):
-            """`state` and the splits begin..end; the block has walked `offset` splits before."""
+        def merge_splits(
+            begin, end, state, offset, q_slot, limit, low_key, last_key, final: Any = None
+        ):
+            """`state` and the splits begin..end; the team has walked `offset` splits before.
+
+            `final`: the queries are given back once they have met the last of these splits.
+            """
 
             def step(i, state):
                 at = (offset + i - begin) * split_slots
-                part = split(at, q_slot, i * d.kv_split, limit, low_key, last_key)
+                q_used = None if final is None else final & (i == end - 1)
+                part = split(at, q_slot, i * d.kv_split, limit, low_key, last_key, q_used)
                 m, total, out = state
                 m, total, (out,) = merge(
-                    (m, total, [out]), part, fma, fma_row, lambda x: _across(x, d.band)
+                    (m, total, [out]), part, fma, rows.fma_row, lambda x: across(x, d.band)
                 )
                 return m, total, out
 
@@ -341,10 +350,10 @@ def attention_kernel(
         def row_limit(row):
             if decode:
                 return g["last"][row]
-            return plgpu.load(g["rows"].at[row], layout=_ROW_LAYOUT, optimized=False)
+            return plgpu.load(g["rows"].at[row], layout=rows.row_layout, optimized=False)
 
         def consume_walked():
-            def item(_0, _1, row, head, first, end, high):
+            def item(_0, _1, row, head, first, end, high, _2, _3):
                 slot = wg if s.wgs > 1 else 0
                 tile = lax.rem(row, tiles) + slot
                 mine = row + jnp.where(tile < tiles, slot, 0)
@@ -371,13 +380,13 @@ def attention_kernel(
                     _, total, out = merge_splits(whole, end, state, whole, slot, limit, None, high)
                 if not decode:
                     total = jnp.where(limit < 0, 0.0, total)
-                out = finish(_across(total, d.band), out).astype(o_g.dtype)
+                out = finish(across(total, d.band), out).astype(o_g.dtype)
                 if d.bands > 1:  # the results go where the others may still read queries
                     plgpu.barrier_arrive(q_empty.at[0])
                     plgpu.barrier_wait(q_empty.at[0])
                 for c in range(band_chunks):
                     part = out[:, c * _CHUNK : (c + 1) * _CHUNK]
-                    q_mma.at[slot, band * band_chunks + c][...] = part
+                    q_mma.at[slot, band * band_chunks + c, pl.ds(0, rows.height)][...] = part
                 plgpu.commit_smem()
 
                 @pl.when(tile < tiles)
@@ -392,69 +401,53 @@ def attention_kernel(
             each_item(item)
 
         def consume_spread():
-            y_out, y_reg = (y_s, y_s) if interpret else y_s
-
             def write(row, head, index, state):
                 m, total, out = state
 
-                def put(c, piece, to):
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    slot = 2 * band + c % 2
-                    y_reg.at[slot][...] = piece
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        y_out.at[slot, pl.ds(0, d.rows)],
-                        o_g.at[row, index, to, pl.ds(head * d.part_rows, d.rows)],
-                    )
+                def put(piece, to):
+                    window = pl.ds(head * d.part_rows, d.rows)
+                    rows.store(o_g.at[row, index, to, window], piece)
 
                 count = d.band // LANES
                 for c in range(count):
-                    put(c, out[:, c * LANES : (c + 1) * LANES], band * count + c)
+                    put(out[:, c * LANES : (c + 1) * LANES], band * count + c)
 
                 def sums():
                     for c, x in enumerate((m, total)):
-                        put(c, _across(x, LANES), d.dim // LANES + c)
+                        put(across(x, LANES), d.dim // LANES + c)
 
                 pl.when(band == 0)(sums) if d.bands > 1 else sums()
 
-            def item(count, done, row, head, first, end, high):
-                slot = lax.rem(count, 2)
+            def item(_, done, row, head, first, end, high, fresh, final):
                 limit = row_limit(row)
-                plgpu.barrier_wait(q_full.at[slot])
+                pl.when(fresh)(lambda: plgpu.barrier_wait(q_full.at[team]))
                 keys = limit, first_key(row), high
-                state = merge_splits(first, end, nothing(), done, slot, *keys)
-                plgpu.barrier_arrive(q_empty.at[slot])
+                state = merge_splits(first, end, nothing(), done, team, *keys, final)
                 write(row, head, end - 1, state)
 
             each_item(item)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
         def consume():
-            if consumers > 1:
-                plgpu.set_max_registers(240, action="increase")
-            keys_s[...] = plgpu.broadcasted_iota(jnp.int32, (d.tile,), 0, layout=_COLUMN_LAYOUT)
-            plgpu.commit_smem()
+            if registers:
+                plgpu.set_max_registers(registers[1], action="increase")
             (consume_spread if spread else consume_walked)()
 
-        lax.cond(wg == consumers, produce, consume)
+        lax.cond(wg >= teams * consumers, produce, consume)
 
     shape = (ROWS, _CHUNK) if decode else (d.queries, group, _CHUNK)
     barrier = plgpu.Barrier
     q_arrivals = s.wgs * chunks * (d.queries if interpret else 1)
-    scratch = dict(
+    q_slots = teams if spread else s.wgs
+    scratch: dict[str, Any] = dict(
         q_s=_union(
             (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
         ),
-        keys_s=plgpu.SMEM((d.tile,), jnp.int32),
-        kv_s=plgpu.SMEM((slots, d.tile, d.band), q_g.dtype, transforms=_TILED),
-        full=barrier(num_arrivals=d.tile // window, num_barriers=slots),
-        empty=barrier(num_arrivals=consumers, num_barriers=slots),
-        q_full=barrier(num_arrivals=q_arrivals, num_barriers=2 if spread else 1),
-        q_empty=barrier(num_arrivals=d.bands, num_barriers=2),
+        kv_s=plgpu.SMEM((teams * slots, d.tile, d.band), q_g.dtype, transforms=_TILED),
+        full=barrier(num_arrivals=d.tile // window, num_barriers=teams * slots),
+        empty=barrier(num_arrivals=consumers, num_barriers=teams * slots),
+        q_full=barrier(num_arrivals=q_arrivals, num_barriers=teams),
+        q_empty=barrier(num_arrivals=consumers, num_barriers=teams),
     )
-    if spread:
-        shape = (2 * d.bands, ROWS, LANES)
-        scratch["y_s"] = _union(shape, shape, jnp.float32, interpret)
     if interpret:
-        scratch["p_s"] = plgpu.SMEM((consumers, ROWS, d.tile), q_g.dtype, transforms=_TILED)
+        scratch["p_s"] = plgpu.SMEM((teams * consumers, ROWS, d.tile), q_g.dtype, transforms=_TILED)
     pl.run_scoped(scope, **scratch, collective_axes="wg")

@@ -47,7 +47,7 @@ def finish(total: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.where(none, 0.0, out / jnp.where(none, 1.0, total) + 0.0)
 
 
-def fold(*refs: Any, d: Shape, blocks: int, interpret: bool, **scratch: Any) -> None:
+def fold(*refs: Any, d: Shape, shares: int, interpret: bool, **scratch: Any) -> None:
     """Folds what a spread grid left: some rows and columns of one tile and head, ascending."""
     part_g, last_g, ends_g, y_g = refs
     out_s, sums_s, y_s, full = (scratch[name] for name in ("out_s", "sums_s", "y_s", "full"))
@@ -57,8 +57,8 @@ def fold(*refs: Any, d: Shape, blocks: int, interpret: bool, **scratch: Any) -> 
     first = head * d.part_rows + lax.div(part, every // pieces) * size
     column = lax.rem(part, every // pieces) * pieces
     splits = splits_of(last_g[row], d)
-    # The block that met split 0 has folded all of its own: they lie at the last of them.
-    share = share_of(ends_g, blocks)
+    # The team that met split 0 has folded all of its own: they lie at the last of them.
+    share = share_of(ends_g, shares)
     item = ends_g[row] - (d.kv_heads - head) * splits
     begin = lax.min((lax.div(item, share) + 1) * share - item, splits) - 1
     begin = lax.max(begin, 0)
@@ -125,7 +125,7 @@ def fold_splits(
     tiles, _, _, rows, _ = parts.shape
     size, pieces = math.gcd(s.merge_rows, d.part_rows), min(s.merge_columns, d.dim) // LANES
     return plgpu.kernel(
-        functools.partial(fold, d=d, blocks=s.blocks, interpret=bool(interpret)),
+        functools.partial(fold, d=d, shares=s.shares(d), interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((tiles, rows, d.dim), dtype),
         grid=(tiles, d.kv_heads, d.part_rows // size * (d.dim // LANES // pieces)),
         grid_names=("row", "head", "part"),

@@ -15,6 +15,8 @@ from jax import lax
 
 ROWS = 64  # wgmma's M: query rows of a tile
 SMS = 132  # of an H100 or H200 SXM
+# Of a spread grid: shares of contexts of 2^n keys end where heads do, and 128 reach all the memory.
+BLOCKS = 128
 SMEM_BYTES = 232_448  # per block on sm_90
 
 
@@ -23,8 +25,8 @@ class Schedule:
     """How the tree is walked.
 
     Attributes:
-      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a block takes a share of
-        all splits; a second kernel folds what a block could not).
+      kind: 'walked' (a block folds all splits of its rows) or 'spread' (a team takes a share of
+        all splits; a second kernel folds what a team could not).
       wgs: tiles of 64 rows that a block walks side by side; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
       merge_rows: rows that a block of the second kernel folds.
@@ -34,7 +36,7 @@ class Schedule:
 
     kind: str
     wgs: int = 1
-    blocks: int = SMS
+    blocks: int = BLOCKS
     merge_rows: int = 4
     merge_columns: int = 128
     fetch: int = 1
@@ -51,16 +53,29 @@ class Schedule:
         if self.blocks < 1 or self.fetch < 1:
             raise ValueError(f"blocks and fetch must be positive: {self}")
 
+    def teams(self, d: "Shape") -> int:
+        """Producers of a block, each with consumers, slots and, if spread, a share of its own."""
+        return 2 if self.kind == "spread" and d.few and d.bands == 1 else 1
+
     def consumers(self, d: "Shape") -> int:
-        """Warpgroups of a block that compute."""
+        """Warpgroups of a team that compute."""
         return self.wgs * d.bands
 
+    def warpgroups(self, d: "Shape") -> int:
+        return self.teams(d) * (self.consumers(d) + 1)
+
+    def registers(self, d: "Shape") -> tuple[int, int] | None:
+        """Of a thread that copies and of one that computes; None for as many as there are."""
+        return {3: (24, 240), 4: (40, 216)}.get(self.warpgroups(d))
+
+    def shares(self, d: "Shape") -> int:
+        return self.blocks * self.teams(d)
+
     def slots(self, d: "Shape") -> int:
-        """Bands of tiles of keys or values that fit beside the queries and the results."""
-        spread = self.kind == "spread"
-        queries = (2 if spread else self.wgs) * ROWS * d.dim * 2
-        results = d.bands * 2 * ROWS * 128 if spread else 0
-        return min((SMEM_BYTES - 2048 - queries - results) // (d.tile * d.band * 2), 8)
+        """Bands of tiles of keys or values that fit beside a team's queries."""
+        queries = self.wgs * ROWS * d.dim * 2
+        room = (SMEM_BYTES - 2048) // self.teams(d) - queries
+        return min(room // (d.tile * d.band * 2), 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +90,11 @@ class Shape:
     factor: float  # scale * log2(e); with a cap c, 2 * scale / c * log2(e)
     cap: float | None = None  # c * log2(e)
     sliding_window: int | None = None
+
+    @property
+    def few(self) -> bool:
+        """Half of a thread's registers of a tile hold no row that carries a query."""
+        return self.rows <= ROWS // 8
 
     @property
     def part_rows(self) -> int:
@@ -161,9 +181,9 @@ def ends_of(last: jax.Array, d: Shape) -> jax.Array:
     return jnp.where(before, splits_of(last, d) * d.kv_heads, 0).sum(1, dtype=jnp.int32)
 
 
-def share_of(ends: Any, blocks: int) -> jax.Array:
-    """In a kernel: how many of all (tile, head, split) a block of a spread grid takes."""
-    return lax.max(lax.div(ends[ends.shape[0] - 1] + blocks - 1, blocks), 1)
+def share_of(ends: Any, shares: int) -> jax.Array:
+    """In a kernel: how many of all (tile, head, split) are a share of a spread grid."""
+    return lax.max(lax.div(ends[ends.shape[0] - 1] + shares - 1, shares), 1)
 
 
 def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
@@ -176,8 +196,9 @@ def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
     return count
 
 
-# What a block does: body(segments before, splits before, tile, head, first split, end, last key)
-# for each of its segments, the splits first..end of one tile and head. Returns both counts.
+# What a team does: body(loads before, splits before, tile, head, first split, end, last key, fresh,
+# final) for each of its segments, the splits first..end of one tile and head. `fresh` and `final`:
+# it is the first and the last of segments with the same queries. Returns both counts.
 
 
 def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
@@ -192,16 +213,17 @@ def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d:
         other = last[row + lax.min(i, tiles - 1 - first)]
         high = lax.max(high, other)
     zero, splits = jnp.int32(0), splits_of(high, d)
-    body(zero, zero, row, head, zero, splits, high)
+    body(zero, zero, row, head, zero, splits, high, True, True)
     return jnp.int32(1), splits
 
 
-def walk_share(body: Callable[..., None], *, last: Any, ends: Any, d: Shape) -> Any:
-    """In a kernel: block -> its share of all (tile, head, split)."""
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
-    share, total = share_of(ends, blocks), ends[ends.shape[0] - 1]
-    begin = lax.min(block * share, total)
-    stop = lax.min(begin + share, total)
+def walk_share(
+    body: Callable[..., None], *, share: Any, shares: int, last: Any, ends: Any, d: Shape
+) -> Any:
+    """In a kernel: one of the shares of all (tile, head, split)."""
+    size, total = share_of(ends, shares), ends[ends.shape[0] - 1]
+    begin = lax.min(share * size, total)
+    stop = lax.min(begin + size, total)
 
     def row_loop(row, state):
         # Not from `last`: its load would stand between the block's start and its first copy.
@@ -213,18 +235,19 @@ def walk_share(body: Callable[..., None], *, last: Any, ends: Any, d: Shape) -> 
         per_head = lax.max(splits, 1)
 
         def head_loop(head, state):
-            segments, done = state
+            loads, done = state
             first = lax.max(low - head * splits, 0)
             end = lax.min(high - head * splits, splits)
-            alone = first > 0  # what lies before is another block's
+            alone = first > 0  # what lies before is another team's
+            count = jnp.where(alone, end - first, 1)
 
             def segment_loop(i, _):
                 upto = jnp.where(alone, first + i + 1, end)
-                body(segments + i, done + i, row, head, first + i, upto, last[row])
+                place = i == 0, i == count - 1
+                body(loads, done + i, row, head, first + i, upto, last[row], *place)
 
-            count = jnp.where(alone, end - first, 1)
             lax.fori_loop(0, count, segment_loop, None)
-            return segments + count, done + end - first
+            return loads + 1, done + end - first
 
         heads = lax.div(low, per_head), lax.div(high + per_head - 1, per_head)
         return lax.fori_loop(*heads, head_loop, state)

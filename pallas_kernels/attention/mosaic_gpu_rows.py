@@ -1,0 +1,177 @@
+"""The rows of a wgmma's result in registers, for the Mosaic GPU attention: layouts, masks, sums.
+
+A warp of the four holds rows 16 w to 16 w + 15, a thread of it two of them, 8 apart. Where at most
+8 rows carry a query, half of every thread's numbers are nobody's: `Rows(8)` keeps the other half
+only, and with it half of the registers and of the arithmetic. What is kept is computed as it was:
+the sum of a row adds in the same order in both.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from jdet.pallas_kernels.attention.mosaic_gpu_schedules import ROWS
+from jdet.pallas_kernels.exact import exact
+
+_HALF = plgpu.Layout.TILED(
+    plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+
+
+class Rows:
+    """Layouts of [height, n] and of [height], and what is done in them.
+
+    Row r of 64 is row r of 64; of the 32 of `Rows(8)`, row 8 w + i is row 16 w + i of 64.
+    """
+
+    def __init__(self, used: int, half: bool, interpret: bool) -> None:
+        self.used, self.half, self.interpret = used, half, interpret
+        self.height = ROWS // 2 if self.half else ROWS
+        self.layout: Any = _HALF if self.half else plgpu.Layout.WGMMA
+        self.row_layout = self.layout.reduce(1)
+        self.fma = functools.partial(exact, "fma.rn.f32", self.layout, interpret)
+        self.fma_row = functools.partial(exact, "fma.rn.f32", self.row_layout, interpret)
+        self.mul_row = functools.partial(exact, "mul.rn.f32", self.row_layout, interpret)
+
+    def across(self, x: jax.Array, width: int) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.height, width), (0,)), self.layout)
+
+    def _inline(self, f: Any, shape: tuple[int, ...], dtype: Any, layout: Any, *given: Any) -> Any:
+        types = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+        return plgpu.inline_mgpu(arg_types=given, return_type=types)(f)
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Of [64, n], as a wgmma leaves it, the rows that are kept."""
+        if not self.half:
+            return x
+        shape = (self.height, x.shape[1])
+        if self.interpret:
+            return x.reshape(4, 2, 8, -1)[:, 0].reshape(shape)
+
+        def f(ctx: Any, x: Any) -> Any:
+            del ctx
+            registers = x.registers[:, :, :, :, 0]
+            layout = self.layout.to_mgpu()
+            registers = registers.reshape(layout.registers_shape(shape))
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return self._inline(f, shape, x.dtype, self.layout, plgpu.Layout.WGMMA)(x)
+
+    def give(self, x: jax.Array) -> jax.Array:
+        """[64, n] for a wgmma, zeros where `take` has left rows out."""
+        if not self.half:
+            return x
+        shape = (ROWS, x.shape[1])
+        if self.interpret:
+            x = x.reshape(4, 1, 8, -1)
+            return jnp.concatenate([x, jnp.zeros_like(x)], axis=1).reshape(shape)
+
+        def f(ctx: Any, x: Any) -> Any:
+            del ctx
+            layout = plgpu.Layout.WGMMA.to_mgpu()
+            registers = np.empty(layout.registers_shape(shape), dtype=object)
+            kind = x.registers.flat[0].type
+            zero = ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(kind.element_type, 0.0))
+            registers[...] = arith.constant(kind, zero)
+            registers[:, :, :, :, 0] = x.registers.reshape(registers[:, :, :, :, 0].shape)
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return self._inline(f, shape, x.dtype, plgpu.Layout.WGMMA, self.layout)(x)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Of each row, in the order of Mosaic's sum of [64, n]: two partial sums a thread."""
+        if not self.half or self.interpret:
+            return x.sum(axis=1)
+
+        def f(ctx: Any, x: Any) -> Any:
+            del ctx
+            return x.reduce("add", 1, acc_ilp=4)
+
+        return self._inline(f, x.shape[:1], x.dtype, self.row_layout, self.layout)(x)
+
+    def keep_seen(self, scores: jax.Array, last: jax.Array, sliding_window: int | None) -> Any:
+        """Scores, -inf where the key, the column, is after `last` or `sliding_window` before it.
+
+        `last` is a number or one a row. A thread holds the keys 8 i + 2 (lane % 4) and the next:
+        they are compared as constants. An array of keys would be kept in registers.
+        """
+        if self.interpret:
+            key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            last = jnp.broadcast_to(last, (self.height,))[:, None]
+            seen = key <= last
+            if sliding_window is not None:
+                seen &= key > last - sliding_window
+            return jnp.where(seen, scores, -jnp.inf)
+        if not last.ndim:
+            last = lax.broadcast_in_dim(last, (self.height,), ())
+            last = plgpu.layout_cast(last, self.row_layout)
+
+        def f(ctx: Any, x: Any, last: Any) -> Any:
+            del ctx
+            i32 = ir.IntegerType.get_signless(32)
+
+            def number(value: int) -> Any:
+                return arith.constant(i32, value)
+
+            def element(pair: Any, index: int) -> Any:
+                return vector.extract(pair, [], [index])
+
+            skipped = arith.muli(arith.remui(mgpu.thread_idx(), number(4)), number(2))
+            nothing = arith.constant(ir.F32Type.get(), -float("inf"))
+            lasts = [arith.subi(element(row, 0), skipped) for row in last.registers.flat]
+            registers = np.empty_like(x.registers)
+            for index, pair in np.ndenumerate(x.registers):
+                bound, values = lasts[0 if self.half else index[4]], []
+                for i in range(2):
+                    key = number(8 * index[1] + i)
+                    seen = arith.cmpi(arith.CmpIPredicate.sle, key, bound)
+                    if sliding_window is not None:
+                        before = arith.subi(bound, number(sliding_window))
+                        inside = arith.cmpi(arith.CmpIPredicate.sgt, key, before)
+                        seen = arith.andi(seen, inside)
+                    values.append(arith.select(seen, element(pair, i), nothing))
+                registers[index] = vector.from_elements(pair.type, values)
+            return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+        given = self.layout, self.row_layout
+        return self._inline(f, scores.shape, scores.dtype, self.layout, *given)(scores, last)
+
+    def store(self, to: Any, x: jax.Array) -> None:
+        """The rows in use, to memory of the device. A thread's neighbours fill 32 bytes."""
+        if self.interpret:
+            to[...] = x[: self.used]
+            return
+
+        def f(ctx: Any, to: Any, x: Any) -> None:
+            del ctx
+            i32 = ir.IntegerType.get_signless(32)
+
+            def number(value: int) -> Any:
+                return arith.constant(i32, value)
+
+            def place(value: Any) -> Any:
+                return arith.index_cast(ir.IndexType.get(), value)
+
+            thread = arith.remui(mgpu.thread_idx(), number(128))
+            warp, lane = (op(thread, number(32)) for op in (arith.divui, arith.remui))
+            first = arith.muli(warp, number(8 if self.half else 16))
+            first = arith.addi(first, arith.divui(lane, number(4)))
+            column = arith.muli(arith.remui(lane, number(4)), number(2))
+            for half in range(1 if self.half else 2):
+                row = arith.addi(first, number(8 * half))
+                with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, number(self.used))):
+                    for index, pair in np.ndenumerate(x.registers):
+                        if self.half or index[4] == half:
+                            at = arith.addi(column, number(8 * index[1]))
+                            vector.store(pair, to, [place(row), place(at)])
+
+        given: Any = plgpu.RefType(), self.layout
+        plgpu.inline_mgpu(arg_types=given)(f)(to, x)
