@@ -7,8 +7,8 @@ Checks, for every number of tokens around the limits of the schedules and every 
 against `portable` compiled by XLA on the same card: experts, weights, places, tokens and sizes, and
 the plan of tiles against `grouped_matmul.mosaic_gpu.plan`. Logits are normal, rounded so that many
 are equal, all alike, infinite here and there, NaN here and there, and such that all tokens choose
-the same experts; a third of the tokens is not routed and holds NaN. Also, on normal logits, that a
-token's experts and weights are those that it has in a batch of 256.
+the same experts; a third of the tokens is not routed and holds NaN. Normal logits are drawn from
+one pool of tokens, shuffled: each must have the same experts and weights in every batch.
 
 Then device times (CUPTI, median) of the kernels by schedule, and of what XLA makes of `portable`
 and the plan.
@@ -31,20 +31,29 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 SIZES = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 # (experts, chosen, normalised), tokens.
+OTHER = (1, 3, 4, 8, 9, 16, 17, 33)  # numbers of tokens for the schedule that is not the default
+POOL = 512
 SHAPES = [((128, 8, True), m) for m in SIZES]
 SHAPES += [((128, 8, False), m) for m in (5, 33)]
 SHAPES += [((128, 1, True), 9), ((128, 32, True), 18), ((256, 4, True), 17), ((512, 16, True), 3)]
-TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TIMED = (1, 8, 16, 32, 64, 256)
 KINDS = ("normal", "rounded", "alike", "infinite", "nan", "one choice", "not routed")
 
 
+def tokens_of(m: int) -> Any:
+    """Which tokens of the pool a batch of normal logits has."""
+    import numpy as np
+
+    return (np.arange(m) * 7 + 3 * m) % POOL
+
+
 def logits_of(kind: str, m: int, experts: int) -> tuple[Any, Any]:
-    """(logits, routed); of a kind, those of fewer tokens are the first of those of more."""
+    """(logits, routed) of m tokens."""
     import numpy as np
 
     rng = np.random.default_rng([KINDS.index(kind), experts])
-    x = rng.standard_normal((512, experts)).astype(np.float32)[:m] * 3
-    spots = rng.random((512, experts))[:m]
+    x = rng.standard_normal((POOL, experts)).astype(np.float32)[tokens_of(m)] * 3
+    spots = rng.random((POOL, experts))[:m]
     routed = np.ones(m, bool)
     if kind == "rounded":
         x = np.round(x)
@@ -64,8 +73,8 @@ def logits_of(kind: str, m: int, experts: int) -> tuple[Any, Any]:
     return x, routed
 
 
-def check(shapes: list[tuple[tuple[int, int, bool], int]]) -> tuple[int, list[Any]]:
-    """(cases, mismatches) of some of SHAPES."""
+def check(shapes: list[tuple[tuple[int, int, bool], int]]) -> tuple[int, list[Any], list[Any]]:
+    """(cases, mismatches, what normal tokens got) of some of SHAPES."""
     import jax
     import numpy as np
 
@@ -74,7 +83,7 @@ def check(shapes: list[tuple[tuple[int, int, bool], int]]) -> tuple[int, list[An
     from jdet.pallas_kernels.grouped_matmul.mosaic_gpu_schedules import tile_height
     from jdet.pallas_kernels.route import mosaic_gpu, portable
 
-    cases, failures = 0, []
+    cases, failures, rows = 0, [], []
     for (experts, k, normalise), m in shapes:
         options = {"k": k, "normalise": normalise}
         height = tile_height(m * k, experts)
@@ -91,7 +100,7 @@ def check(shapes: list[tuple[tuple[int, int, bool], int]]) -> tuple[int, list[An
                 implementation="mosaic_gpu",
             )
             for s in mosaic_gpu.SCHEDULES
-            if m <= 64 or s.apart
+            if m in OTHER or s == mosaic_gpu.default_schedule(m)
         }
         reference = jdet.jit(reference, implementation="mosaic_gpu")
         for kind in KINDS:
@@ -111,29 +120,24 @@ def check(shapes: list[tuple[tuple[int, int, bool], int]]) -> tuple[int, list[An
                 if wrong:
                     failures.append([experts, k, normalise, m, kind, name, wrong])
                     print("FAIL", failures[-1], flush=True)
-    return cases, failures
+                if kind == "normal" and (experts, k, normalise) == SHAPES[0][0]:
+                    rows.append((m, name, got.experts, got.weights))
+    return cases, failures, rows
 
 
-def check_batches() -> tuple[int, list[Any]]:
-    """Tokens in batches of all SIZES against the same in one of 256."""
-    import numpy as np
-
-    import jdet
-
-    run = jdet.jit(
-        lambda x, routed: jdet.Ops("mosaic_gpu").route(x, routed, k=8, normalise=True)[:2],
-        implementation="mosaic_gpu",
-    )
-    whole = [np.asarray(a) for a in run(*logits_of("normal", 256, 128))]
+def check_batches(rows: list[Any]) -> list[Any]:
+    """Batches in which a token of the pool got anything else than in the largest."""
+    rows = sorted(rows, key=lambda row: -row[0])
+    known = {}
+    for token, *of_token in zip(tokens_of(rows[0][0]), *rows[0][2:], strict=True):
+        known[token] = [a.tobytes() for a in of_token]
     failures = []
-    for m in SIZES:
-        pick = (np.arange(m) * 7 + 3) % 256
-        x, routed = logits_of("normal", 256, 128)
-        few = [np.asarray(a) for a in run(x[pick], routed[pick])]
-        if any(a.tobytes() != b[pick].tobytes() for a, b in zip(few, whole, strict=True)):
-            failures.append(["batch", m])
-            print("FAIL", failures[-1], flush=True)
-    return len(SIZES), failures
+    for m, name, *results in rows:
+        for token, *of_token in zip(tokens_of(m), *results, strict=True):
+            mine = [a.tobytes() for a in of_token]
+            if known.setdefault(token, mine) != mine:
+                failures.append(["batches", m, name, int(token)])
+    return failures
 
 
 def times() -> list[dict[str, Any]]:
@@ -156,7 +160,7 @@ def times() -> list[dict[str, Any]]:
 
         sides = {"xla": xla}
         for s in mosaic_gpu.SCHEDULES:
-            if m <= 64 or s.apart:
+            if m <= 32 or s.apart:
                 sides["apart" if s.apart else "together"] = (
                     lambda x, routed, s=s: mosaic_gpu.route(
                         x, routed, k=8, normalise=True, schedule=s
@@ -184,8 +188,10 @@ def main() -> None:
         args.jobs, multiprocessing.get_context("spawn")
     ) as pool:
         parts = [pool.submit(check, SHAPES[i :: args.jobs]) for i in range(args.jobs)]
-        results = [p.result() for p in (*parts, pool.submit(check_batches))]
-    cases, failures = sum(c for c, _ in results), [f for _, some in results for f in some]
+        results = [p.result() for p in parts]
+    cases, failures = sum(r[0] for r in results), [f for r in results for f in r[1]]
+    rows = [row for r in results for row in r[2]]
+    failures += check_batches(rows)
     print(f"{cases} cases: {time.perf_counter() - start:.0f} s", flush=True)
     measured = [] if args.skip_times else times()
     import timing  # pyright: ignore[reportMissingImports]
@@ -193,7 +199,7 @@ def main() -> None:
     env = timing.environment()
     print(f"{len(failures)} failures, {env['device']}, {time.perf_counter() - start:.0f} s")
     if args.json:
-        out = {**env, "cases": cases, "failures": failures, "times": measured}
+        out = {**env, "cases": cases, "batches": len(rows), "failures": failures, "times": measured}
         args.json.write_text(json.dumps(out, indent=1) + "\n")
     sys.exit(bool(failures))
 
