@@ -33,8 +33,6 @@ class Experts(nnx.Module):
         logits = ops.matmul(x, self.router[...], out_dtype=jnp.float32)
         routing = ops.route(logits, routed, k=self.k, normalise=self.normalise)
         sizes, tiles = routing.sizes, routing.tiles
-        inner = ops.grouped_gated_matmul(
-            x[routing.tokens], self.gate_up[...], sizes, tiles=tiles
-        )
+        inner = ops.grouped_gated_matmul(x[routing.tokens], self.gate_up[...], sizes, tiles=tiles)
         y = ops.grouped_matmul(inner, self.down[...], sizes, tiles=tiles, k_sharded=True)
         return ops.expert_sum(y, routing)

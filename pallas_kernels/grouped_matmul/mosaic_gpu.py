@@ -9,13 +9,13 @@ its expert's weights (on an H100: scripts/bench/results/h100-check-grouped.json;
 h100-grouped.json).
 
 Schedules (`GroupedSchedule` in mosaic_gpu_schedules.py): groups are cut into tiles of at most
-`height` rows, whose first rows, counts and experts are computed from the sizes (`plan`, integers
-alone), by XLA or in route/mosaic_gpu.py; the kernel's blocks walk as many (tile of rows, tile of N) as there are, N first, so that an
-expert's tiles run side by side and share x and w in L2. An expert without rows is never read. A
-tile may begin at any row: the copy engine takes any first row of x, and fetches rows of the next
-group too, whose results nobody stores. They must not be stored, for another block writes those
-rows: results leave in copies of 64, 32, ..., 1 rows, those that make up the count. Tiles after
-the last group store zeros, and read nothing.
+`height` rows, whose first rows, counts and experts follow from the sizes (`plan`, integers alone,
+computed by XLA, or by route/mosaic_gpu.py); the kernel's blocks walk as many (tile of rows, tile of
+N) as there are, N first, so that an expert's tiles run side by side and share x and w in L2. An
+expert without rows is never read. A tile may begin at any row: the copy engine takes any first row
+of x, and fetches rows of the next group too, whose results nobody stores. They must not be stored,
+for another block writes those rows: results leave in copies of 64, 32, ..., 1 rows, those that make
+up the count. Tiles after the last group store zeros, and read nothing.
 
 y has a multiple of a copy's columns (64 of 16 bits, or fewer), and is cut by XLA where N is none.
 

@@ -17,13 +17,14 @@ the experts and of the tiles that they need; then each thread walks down its col
 its rows stand, and whose they are. Also the plan of the grouped matmuls' tiles, which would be
 three more kernels (`grouped_matmul.mosaic_gpu.plan`).
 
-Schedules (what the bits do not depend on): up to 16 rows one block does both, slots in shared
+Schedules (what the bits do not depend on): up to 8 rows one block does both, slots in shared
 memory (`apart` false); above, two kernels, the first in blocks of 4 rows, the second in blocks that
-all count, and place 8 tokens each. Above 256 rows of 128 experts, or where E is no power of two
-from 128 to 512 or k none up to 32, XLA compiles `portable`: the same bits in more kernels.
+all count, and place 8 tokens each. Above 256 rows of 128 experts, or where E is no
+power of two from 128 to 512 or k none up to 32, XLA compiles `portable`: the same bits in more
+kernels.
 
-Budget: shared memory: 4 (M + 4) E bytes at most, 10 KiB of 128 experts. Registers: E / 32 values of
-a row three times over; ptxas spills none.
+Budget: shared memory for 4 (M + 4) E bytes, 6 KiB of 8 rows of 128 experts. Registers for a few
+arrays of E / 32 values a row; ptxas spills none (tests/gpu_compile).
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ from jdet.pallas_kernels.route import Routing, portable
 
 _LANES = 32
 _MOST = 256 * 128  # logits
-_TOGETHER = 16  # rows that one block chooses for and places
+_TOGETHER = 8  # rows that one block chooses for and places
 _TOKENS = 8  # that a block of several places
 _NAN = 0x7FFFFFFF  # what a division gives
 _UNROLL = 16  # rows of slots on their way
@@ -254,7 +255,7 @@ def _place(
         return sums[0] + one, sums[1] + one * (i < first).astype(jnp.int32)
 
     sums, before = _loop(m, _UNROLL, add, (zero, zero))
-    size, off = sums & (_OFF - 1), sums >> 16
+    size = sums & (_OFF - 1)
     shift = height.bit_length() - 1
     of_group = (size + (height - 1)) >> shift  # tiles
     ends, total = _running(size | (of_group << 16), sums_s, layout)
@@ -301,7 +302,7 @@ def _place(
 @functools.partial(jax.jit, static_argnames=("k", "normalise", "s", "interpret"))
 def _route(logits, routed, *, k, normalise, s, interpret):
     m, count = logits.shape
-    rows = next(r for r in (16, 8, 4, 1) if r <= m and (r <= 4 or not s.apart))
+    rows = next(r for r in (8, 4, 1) if r <= m and (r <= 4 or not s.apart))
     windows = pl.cdiv(m, rows)
     height = tile_height(m * k, count)
     of_row = functools.partial(jax.ShapeDtypeStruct, (m * k,))

@@ -44,6 +44,10 @@ VOCABULARY = 8192
 MODELS = {
     "SmolLM2": DecoderConfig.from_hf(small_config(vocab_size=VOCABULARY)),
     "Qwen3-MoE": DecoderConfig.from_hf(small_config("qwen3_moe", vocab_size=VOCABULARY)),
+    # Experts enough for the routing kernel.
+    "Qwen3-30B-A3B": dataclasses.replace(
+        CONFIGS["Qwen3-30B-A3B"], num_hidden_layers=2, vocab_size=VOCABULARY
+    ),
     "Qwen3-8B": dataclasses.replace(
         CONFIGS["Qwen3-8B"], num_hidden_layers=2, vocab_size=VOCABULARY
     ),

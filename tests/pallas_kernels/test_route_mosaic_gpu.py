@@ -60,7 +60,7 @@ def check(r: Routing, x, routed, assert_same_bits, k=8, normalise=True) -> None:
     np.testing.assert_array_equal(r.tiles[:used], tiles[:used])
 
 
-# A row for all warps; windows of 4, 8 and 16 that overlap; loops with rests; several blocks.
+# A row for all warps; windows of 4 and 8 that overlap; loops with rests; several blocks.
 @pytest.mark.parametrize(
     ("m", "s"),
     [(m, TOGETHER) for m in (1, 3, 5, 8, 13, 17)] + [(m, APART) for m in (2, 4, 7, 8, 9, 33)],
@@ -119,7 +119,7 @@ def test_what_has_no_kernel_is_left_to_xla(normal, assert_same_bits):
 
 
 def test_plan_is_that_of_the_grouped_matmuls() -> None:
-    """Of the height that they choose; and its length tells the height, or there is no difference."""
+    """Of the height that they choose, which its length tells, or there is no difference."""
     for m in (*range(1, 65), 128, 256):
         for experts in (128, 256):
             rows, height = m * 8, tile_height(m * 8, experts)
