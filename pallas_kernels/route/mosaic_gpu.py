@@ -139,8 +139,6 @@ def _choose(
     logits_g, routed_g, experts_g, weights_g, slots = refs
     layout, window, count = _row_layout(rows), pl.ds(start, rows), logits_g.shape[1]
 
-    times = functools.partial(exact, "mul.rn.f32", layout, interpret)
-
     def spread(x, columns=count):
         return lax.broadcast_in_dim(x, (rows, columns), (0,))
 
