@@ -102,8 +102,9 @@ def _scatter(ref: Any, at: jax.Array, value: jax.Array, layout: Any, interpret: 
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
-    def put_all(ctx, ref, at, value):
+    def put_all(ctx, *operands):
         del ctx
+        ref, at, value = operands
         base, i32 = mgpu_utils.memref_ptr(ref), at.mlir_dtype
         code = (
             "{ .reg .pred p; .reg .b64 a; setp.ge.s32 p, $1, 0; mad.wide.s32 a, $1, 4, $0;"
@@ -315,7 +316,7 @@ def _route(logits, routed, *, k, normalise, s, interpret):
     choose = functools.partial(
         _choose, rows=rows, k=k, normalise=normalise, interpret=bool(interpret)
     )
-    place = functools.partial(_place, k=k, height=height, interpret=bool(interpret))
+    place: Any = functools.partial(_place, k=k, height=height, interpret=bool(interpret))
 
     def together(logits_g, routed_g, experts_g, weights_g, *others):
         *placed_g, slots_s, sums_s = others
