@@ -32,6 +32,7 @@ class Experts(nnx.Module):
         """The experts' sum; zeros where a row is not `routed` (padding reads no weights)."""
         logits = ops.matmul(x, self.router[...], out_dtype=jnp.float32)
         routing = ops.route(logits, routed, k=self.k, normalise=self.normalise)
-        inner = ops.grouped_gated_matmul(x[routing.tokens], self.gate_up[...], routing.sizes)
-        y = ops.grouped_matmul(inner, self.down[...], routing.sizes, k_sharded=True)
+        sizes, tiles = routing.sizes, routing.tiles
+        inner = ops.grouped_gated_matmul(x[routing.tokens], self.gate_up[...], sizes, tiles=tiles)
+        y = ops.grouped_matmul(inner, self.down[...], sizes, tiles=tiles, k_sharded=True)
         return ops.expert_sum(y, routing)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SIMULATED = {
     "mul.rn.f32": lambda x, y: x * y,
+    "div.full.f32": lambda x, y: x / y,
     "fma.rn.f32": lambda x, y, z: x * y + z,
     "rcp.approx.ftz.f32": lambda x: 1.0 / x,
 }

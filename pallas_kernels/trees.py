@@ -16,6 +16,8 @@ test_rms_norm.py); where it matters most, in the sum of squares of rms_norm/port
 contraction is prevented.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,10 +64,14 @@ def wide_dtype(x: Array) -> Any:
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-def _polynomial(x: Float32[Array, "*s"], coefficients: tuple[float, ...]) -> Float32[Array, "*s"]:
-    y = jnp.full_like(x, coefficients[0])
+def _polynomial(
+    x: Float32[Array, "*s"],
+    coefficients: tuple[float, ...],
+    times: Callable[[Any, Any], Any] = operator.mul,
+) -> Float32[Array, "*s"]:
+    y: Any = coefficients[0]
     for c in coefficients[1:]:
-        y = y * x + jnp.float32(c)
+        y = times(x, y) + jnp.float32(c)
     return y
 
 
@@ -108,14 +114,21 @@ def balanced_sum(parts: list[Float32[Array, "*s"]]) -> Float32[Array, "*s"]:
     return parts[0]
 
 
-def exp(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
-    """e**x in float32, within 2 ulp; 0 below -87.3, e**88.3 above 88.3; exp(0) is exactly 1."""
+def exp(
+    x: Float32[Array, "*s"],
+    times: Callable[[Any, Any], Any] = operator.mul,
+    floor: Callable[[Any], Any] = jnp.floor,
+) -> Float32[Array, "*s"]:
+    """e**x in float32, within 2 ulp; 0 below -87.3, e**88.3 above 88.3; exp(0) is exactly 1.
+
+    A kernel whose compiler could join a product and a sum gives its own `times`.
+    """
     clipped = jnp.clip(x, -87.33654, 88.3762626647949)
-    n = jnp.floor(clipped * jnp.float32(_LOG2_E) + jnp.float32(0.5))
-    r = clipped - n * jnp.float32(_LN2_HIGH) - n * jnp.float32(_LN2_LOW)
-    y = _polynomial(r, _EXP) * (r * r) + r + jnp.float32(1.0)
+    n = floor(times(clipped, _LOG2_E) + jnp.float32(0.5))
+    r = clipped - times(n, _LN2_HIGH) - times(n, _LN2_LOW)
+    y = times(_polynomial(r, _EXP, times), times(r, r)) + r + jnp.float32(1.0)
     scale = lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return jnp.where(x < jnp.float32(-87.33654), jnp.float32(0.0), y * scale)
+    return jnp.where(x < jnp.float32(-87.33654), jnp.float32(0.0), times(y, scale))
 
 
 def log(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:

@@ -245,6 +245,25 @@ def _mosaic_gpu(config: Any, ops: Ops) -> Iterator[_Group]:
         yield _Group("qkv_heads", f"{length} tokens", same, inputs)
     if config.num_experts:
         yield from _mosaic_gpu_grouped(dtype)
+        yield from _mosaic_gpu_route(config)
+
+
+def _mosaic_gpu_route(config: Any) -> Iterator[_Group]:
+    """Kernels and what XLA makes of `portable`, which takes over above their largest batch."""
+    from jdet.pallas_kernels.route import mosaic_gpu as kernels
+    from jdet.pallas_kernels.route import portable
+
+    rows, experts, k = _ROWS[0], config.num_experts, config.num_experts_per_tok
+    if not kernels.has_kernel(rows, experts, k):
+        return
+
+    def way(route: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+        # Without the plan of tiles, of which XLA has none here.
+        return lambda x, routed: route(x, routed, k=k, normalise=True, **fixed)[:5]
+
+    ways = {str(s): way(kernels.route, schedule=s) for s in kernels.SCHEDULES}
+    inputs = (_normal(0, (rows, experts), jnp.float32), jnp.arange(rows) != 4)
+    yield _Group("route", f"{rows} rows", {"portable": way(portable.route), **ways}, inputs)
 
 
 def _mosaic_gpu_grouped(dtype: Any) -> Iterator[_Group]:

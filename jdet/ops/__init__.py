@@ -54,6 +54,11 @@ def _op(name: str, implementation: str) -> Callable[..., Any]:
     return jax.jit(implementation_of(name, implementation), static_argnames=_STATIC.get(name, ()))
 
 
+def _planned(tiles: Array | None) -> dict[str, Array]:
+    """The tiles, for an implementation that has made some: the others take none."""
+    return {} if tiles is None else {"tiles": tiles}
+
+
 # Compute capability of the cards that the Mosaic GPU kernels are made for and proven on.
 _HOPPER = "9.0"
 
@@ -171,6 +176,7 @@ class Ops:
         w: Float[Array, "E N K"],
         sizes: Int32[Array, " E"],
         *,
+        tiles: Int32[Array, "T 3"] | None = None,
         k_sharded: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> Float[Array, "R N"]:
@@ -178,19 +184,25 @@ class Ops:
 
         A row has the bits that `matmul` gives it with its expert's weights, whatever the sizes
         are; rows after the last group are zeros (`pallas_kernels.grouped_matmul.reference`).
+        `tiles` are those of the `Routing` that has these sizes: they spare the kernels a plan.
         """
         leaves = self.contract.leaves if k_sharded else 1
         check_grouped_matmul(x, w, sizes, leaves)
         return _op("grouped_matmul", self.implementation)(
-            x, w, sizes, leaves=leaves, out_dtype=out_dtype
+            x, w, sizes, leaves=leaves, out_dtype=out_dtype, **_planned(tiles)
         )
 
     def grouped_gated_matmul(
-        self, x: Float[Array, "R K"], w: Float[Array, "E two_f K"], sizes: Int32[Array, " E"]
+        self,
+        x: Float[Array, "R K"],
+        w: Float[Array, "E two_f K"],
+        sizes: Int32[Array, " E"],
+        *,
+        tiles: Int32[Array, "T 3"] | None = None,
     ) -> Float[Array, "R f"]:
         """`gated_matmul` of each row and its group's weights, groups as in `grouped_matmul`."""
         check_grouped_gated_matmul(x, w, sizes)
-        return _op("grouped_gated_matmul", self.implementation)(x, w, sizes)
+        return _op("grouped_gated_matmul", self.implementation)(x, w, sizes, **_planned(tiles))
 
     def expert_sum(self, y: Float[Array, "R D"], routing: Routing) -> Float[Array, "M D"]:
         """What the experts of each token gave (rows as `routing` has them), weighted and added.

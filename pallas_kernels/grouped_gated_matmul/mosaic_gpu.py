@@ -19,6 +19,7 @@ def grouped_gated_matmul(
     w: jax.Array,
     sizes: jax.Array,
     *,
+    tiles: jax.Array | None = None,
     schedule: GroupedSchedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -26,4 +27,4 @@ def grouped_gated_matmul(
 
     Args and errors as for `grouped_matmul`; w is [E, 2 F, K], and a schedule a gated one.
     """
-    return grouped(x, w, sizes, gate=silu_mul, schedule=schedule, interpret=interpret)
+    return grouped(x, w, sizes, tiles=tiles, gate=silu_mul, schedule=schedule, interpret=interpret)

@@ -9,13 +9,13 @@ its expert's weights (on an H100: scripts/bench/results/h100-check-grouped.json;
 h100-grouped.json).
 
 Schedules (`GroupedSchedule` in mosaic_gpu_schedules.py): groups are cut into tiles of at most
-`height` rows, whose first rows, counts and experts XLA computes from the sizes (`plan`, integers
-alone); the kernel's blocks walk as many (tile of rows, tile of N) as there are, N first, so that an
-expert's tiles run side by side and share x and w in L2. An expert without rows is never read. A
-tile may begin at any row: the copy engine takes any first row of x, and fetches rows of the next
-group too, whose results nobody stores. They must not be stored, for another block writes those
-rows: results leave in copies of 64, 32, ..., 1 rows, those that make up the count. Tiles after
-the last group store zeros, and read nothing.
+`height` rows, whose first rows, counts and experts follow from the sizes (`plan`, integers alone,
+computed by XLA, or by route/mosaic_gpu.py); the kernel's blocks walk as many (tile of rows, tile of
+N) as there are, N first, so that an expert's tiles run side by side and share x and w in L2. An
+expert without rows is never read. A tile may begin at any row: the copy engine takes any first row
+of x, and fetches rows of the next group too, whose results nobody stores. They must not be stored,
+for another block writes those rows: results leave in copies of 64, 32, ..., 1 rows, those that make
+up the count. Tiles after the last group store zeros, and read nothing.
 
 y has a multiple of a copy's columns (64 of 16 bits, or fewer), and is cut by XLA where N is none.
 
@@ -36,6 +36,7 @@ from jax.typing import DTypeLike
 from jdet.pallas_kernels.grouped_matmul.mosaic_gpu_schedules import (
     GroupedSchedule,
     default_schedule,
+    plan_size,
     schedules,
 )
 from jdet.pallas_kernels.matmul.mosaic_gpu import check_operands, check_result
@@ -54,7 +55,7 @@ def plan(sizes: jax.Array, rows: int, height: int) -> jax.Array:
     """
     experts = sizes.shape[0]
     expert = jnp.arange(experts, dtype=jnp.int32)
-    at = jnp.arange(rows // height + min(rows, experts + 1), dtype=jnp.int32)
+    at = jnp.arange(plan_size(rows, experts, height), dtype=jnp.int32)
     tiles = lax.div(sizes + (height - 1), jnp.int32(height))
 
     def running(x):
@@ -79,9 +80,10 @@ def plan(sizes: jax.Array, rows: int, height: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))
-def _grouped(x, w, sizes, *, leaves, out_dtype, s, gate, interpret):
+def _grouped(x, w, sizes, tiles, *, leaves, out_dtype, s, gate, interpret):
     (rows, k), (experts, n, _) = x.shape, w.shape
-    tiles = plan(sizes, rows, s.height)
+    if tiles is None or tiles.shape[0] != 1 + plan_size(rows, experts, s.height):
+        tiles = plan(sizes, rows, s.height)
     if gate is not None:
         n //= 2
         w = w.reshape(experts, 2, n, k)
@@ -112,6 +114,7 @@ def grouped(
     w: jax.Array,
     sizes: jax.Array,
     *,
+    tiles: jax.Array | None = None,
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
     gate: Gate | None = None,
@@ -139,7 +142,9 @@ def grouped(
         raise ValueError(f"{s} is {'a' if s.tile.gated else 'no'} gated schedule")
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
-    return _grouped(x, w, sizes, leaves=leaves, out_dtype=out, s=s, gate=gate, interpret=interpret)
+    return _grouped(
+        x, w, sizes, tiles, leaves=leaves, out_dtype=out, s=s, gate=gate, interpret=interpret
+    )
 
 
 def grouped_matmul(
@@ -147,6 +152,7 @@ def grouped_matmul(
     w: jax.Array,
     sizes: jax.Array,
     *,
+    tiles: jax.Array | None = None,
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
     schedule: GroupedSchedule | None = None,
@@ -158,6 +164,7 @@ def grouped_matmul(
       x: [R, K], bfloat16 or float16.
       w: [E, N, K], of x's dtype.
       sizes: int32 [E], rows of each group; their sum must not exceed R. Rows after it are zeros.
+      tiles: the plan of these sizes in tiles of the default height, where routing has made it.
       leaves: a power of two of equal parts of K, summed apart and added in a balanced tree.
       out_dtype: x's dtype unless given; a 16-bit float or float32.
       schedule: how to walk the tree; by shape unless given. Never changes the result.
@@ -171,6 +178,7 @@ def grouped_matmul(
         x,
         w,
         sizes,
+        tiles=tiles,
         leaves=leaves,
         out_dtype=out_dtype,
         schedule=schedule,

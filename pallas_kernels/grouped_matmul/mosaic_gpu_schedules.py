@@ -66,6 +66,22 @@ def schedules(leaves: int = 1, out_size: int = 4, gated: bool = False) -> list[G
     return [s for s in every if s.fits(leaves, out_size)]
 
 
+def tile_height(rows: int, experts: int) -> int:
+    """The height of the default schedule's tiles: twice a group of average size, 128 at most."""
+    average = -(-rows // min(rows, experts))
+    if average > 64:
+        return 128
+    return next((h for h in _HEIGHTS if h >= 2 * average), 64) if average > 1 else 8
+
+
+def plan_size(rows: int, experts: int, height: int) -> int:
+    """Tiles of `height` rows that suffice for any sizes of groups and the rows of no group.
+
+    No two heights have the same number and other tiles: then there are fewer rows than either.
+    """
+    return rows // height + min(rows, experts + 1)
+
+
 def default_schedule(
     rows: int, experts: int, n: int, leaves: int = 1, out_size: int = 2, gated: bool = False
 ) -> GroupedSchedule:
@@ -80,10 +96,7 @@ def default_schedule(
     """
     touched = min(rows, experts)
     average = -(-rows // touched)
-    few = average <= 64
-    height = 128
-    if few:
-        height = next((h for h in _HEIGHTS if h >= 2 * average), 64) if average > 1 else 8
+    few, height = average <= 64, tile_height(rows, experts)
     large = {_gated(s, gated): cost for s, cost in _LARGE if s.can_gate or not gated}
     costs = {}
     for choice in schedules(leaves, out_size, gated):

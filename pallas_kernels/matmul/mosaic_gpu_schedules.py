@@ -170,6 +170,9 @@ def deepest(kind: str, bm: int, bn: int, *, bk: int = 64, most: int = 12, **rest
 # Every schedule that may run. Those of `_CHOICES` are chosen by shape; the others are kept for
 # the comparison of bits: another orientation, depth, division or cluster.
 _SMALL = {bn: deepest("normal", 64, bn, bk=128) for bn in (32, 48, 64, 96, 128, 192)}
+# Of few rows of w, so that more SMs stream some. Wider tiles are the choice above 16 rows of x:
+# each of these reads all of x.
+_THIN = deepest("normal", 64, 16, bk=256)
 _PAIRS = {bn: deepest("normal", 128, bn, wgs=2, cn=2, group=8) for bn in (48, 64, 96)}
 _PAIRS[32] = deepest("normal", 128, 32, bk=128, wgs=2, cn=2)
 _128X80 = deepest("normal", 128, 80, wgs=2, cm=2, cn=2, group=8)
@@ -193,6 +196,7 @@ _LARGE = (
 # tiles, the first of equals. Up to M = 128 a tile costs the rows of w it streams; above, the
 # clock cycles of 64 elements of K, measured on an H100 (scripts/bench/matmul.py --sweep).
 _CHOICES = (
+    (16, (*((_SMALL[bn], bn) for bn in (96, 64, 48, 32)), (_THIN, 16))),
     (32, tuple((_SMALL[bn], bn) for bn in (96, 64, 48, 32))),
     (64, tuple((_SMALL[bn], bn) for bn in (192, 128, 96, 64, 48, 32))),
     (128, ((_128X128_K128, 128), *((_PAIRS[bn], bn) for bn in (96, 64, 48, 32)))),

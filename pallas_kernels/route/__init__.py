@@ -18,6 +18,8 @@ class Routing(NamedTuple):
       tokens: the token of each row. Rows are sorted by expert, those of one expert by token.
       places: the row of each token's expert.
       sizes: rows of each expert.
+      tiles: what the grouped matmuls of the implementation make of the sizes, where routing did
+        it for them (`grouped_matmul.mosaic_gpu.plan`).
     """
 
     experts: Int32[Array, "M k"]
@@ -25,6 +27,7 @@ class Routing(NamedTuple):
     tokens: Int32[Array, " R"]
     places: Int32[Array, "M k"]
     sizes: Int32[Array, " E"]
+    tiles: Int32[Array, "T 3"] | None = None
 
 
 _FEW = 512  # rows up to which they are counted rather than sorted: fewer kernels on a GPU

@@ -192,7 +192,7 @@ def tables() -> dict[str, str]:
         "cards": cards(),
         "model-h200": model("h200-qwen3-8b.json"),
         "model-h100": model("h100-qwen3-8b-first.json"),
-        "mixture": model("h100-qwen3-30b-a3b.json"),
+        "mixture": model("h200-qwen3-30b-a3b-2.json"),
         "engine": engine(),
         "grouped": grouped(),
     }

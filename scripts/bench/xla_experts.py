@@ -37,7 +37,7 @@ class ExpertOps(CudnnOps):
         y = jnp.einsum("etk,enk->etn", of_expert, w, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)[expert, number - starts[expert]]
 
-    def grouped_gated_matmul(self, x: Array, w: Array, sizes: Array) -> Array:
+    def grouped_gated_matmul(self, x: Array, w: Array, sizes: Array, **options: Any) -> Array:
         gate, up = jnp.split(self.grouped_matmul(x, w, sizes), 2, axis=1)
         return jax.nn.silu(gate) * up
 

@@ -17,6 +17,7 @@ from jdet.pallas_kernels.grouped_gated_matmul.mosaic_gpu import grouped_gated_ma
 from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import grouped_matmul
 from jdet.pallas_kernels.log_normalizer.mosaic_gpu import log_normalizer
 from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm, schedules
+from jdet.pallas_kernels.route import mosaic_gpu as routing
 
 
 @pytest.fixture
@@ -124,3 +125,26 @@ def test_grouped_matmuls(kernels, rows):
     x, w = bfloat16((rows, 2048)), bfloat16((128, 1536, 2048))
     opcodes, spilled = kernels(grouped_gated_matmul, x, w, sizes)["jdet_grouped_gated_matmul"]
     assert spilled == 0 and opcodes["ex2.approx.ftz.f32"] > 0
+
+
+@pytest.mark.parametrize(
+    ("m", "experts", "k"), [(1, 128, 8), (16, 128, 8), (256, 128, 8), (3, 512, 32)]
+)
+def test_route(kernels, m, experts, k):
+    """Products and quotients are the named ones; nothing is joined, nothing spilled."""
+    logits = jax.ShapeDtypeStruct((m, experts), jnp.float32)
+    routed = jax.ShapeDtypeStruct((m,), jnp.bool_)
+    for schedule in routing.SCHEDULES:
+        if m > 16 and not schedule.apart:
+            continue
+        found = kernels(
+            functools.partial(routing.route, k=k, normalise=True, schedule=schedule), logits, routed
+        )
+        assert len(found) == 1 + schedule.apart
+        assert not any(spilled for _, spilled in found.values())
+        opcodes = found["jdet_route"][0]
+        joined = [
+            name for name in opcodes if name.startswith(("fma", "mad.rn", "mul.f32", "div.rn"))
+        ]
+        assert joined == [] and opcodes["redux.sync.max.s32"] > 0
+        assert opcodes["div.full.f32"] % (experts // 32 + 1) == 0

@@ -86,6 +86,16 @@ def test_height_and_consumers_are_schedule(operands, products, assert_same_bits)
         assert_same_bits(y, pick(products, sizes))
 
 
+def test_tiles_that_routing_made(operands, products, assert_same_bits):
+    """They are taken, and those of another height are not."""
+    x, w = operands
+    sizes, others, schedule = (9, 0, 11, 4), (0, 29, 0, 0), GroupedSchedule(TILE, 8)
+    for height, found in ((8, others), (16, sizes)):
+        tiles = planned(np.array(others, np.int32), ROWS, height)
+        y = simulated(x, w, sizes, schedule=schedule, tiles=tiles)
+        assert_same_bits(y, pick(products, found))
+
+
 def test_leaves_and_float32_results(operands):
     """The simulator's own dots follow a row's place in float32, so these are compared by value."""
     x, w = operands
