@@ -94,9 +94,10 @@ def _turned(dot: core.JaxprEqn, transposition: core.JaxprEqn) -> list[core.Jaxpr
     """
     contracted, batch = dot.params["dimension_numbers"]
     count, operands = len(batch[0]), list(dot.invars)
+    avals: list[Any] = [x.aval for x in operands]
     frees = [
-        [axis for axis in range(len(x.aval.shape)) if axis not in contracted[i] + batch[i]]
-        for i, x in enumerate(operands)
+        [axis for axis in range(aval.ndim) if axis not in contracted[i] + batch[i]]
+        for i, aval in enumerate(avals)
     ]
     # Of the result, the operand and the axis that each of its free axes comes from.
     sources = [(side, axis) for side in (0, 1) for axis in frees[side]]
@@ -109,19 +110,19 @@ def _turned(dot: core.JaxprEqn, transposition: core.JaxprEqn) -> list[core.Jaxpr
     if dot.params["out_sharding"] is not None:
         return []
     made: list[core.JaxprEqn] = []
-    for side, x in enumerate(operands):
+    for side, aval in enumerate(avals):
         wanted = [axis for of, axis in rest if of == side]
         if wanted == frees[side]:
             continue
-        if math.prod(x.aval.shape[axis] for axis in contracted[side]) > SHORT:
+        if math.prod(aval.shape[axis] for axis in contracted[side]) > SHORT:
             return []
-        axes = list(range(len(x.aval.shape)))
+        axes = list(range(aval.ndim))
         for place, axis in zip(frees[side], wanted, strict=True):
             axes[place] = axis
-        shape = tuple(x.aval.shape[axis] for axis in axes)
-        operands[side] = core.Var(x.aval.update(shape=shape))
+        turned = core.Var(aval.update(shape=tuple(aval.shape[axis] for axis in axes)))
         params = dict(transposition.params, permutation=tuple(axes))
-        made.append(transposition.replace(invars=[x], outvars=[operands[side]], params=params))
+        made.append(transposition.replace(invars=[operands[side]], outvars=[turned], params=params))
+        operands[side] = turned
     numbers = (
         tuple(tuple(contracted[side]) for side in order),
         tuple(tuple(batch[side][i] for i in leading) for side in order),

@@ -272,9 +272,9 @@ def kernel(
                 x = x.at[pl.ds(wg * size, size)]
             for j in range(products):
                 square = w_mma.at[slot, c, wg * products + j if splits_w else j]
-                part = [slice(None), slice(None)]
-                part[side] = pl.ds(j * CHUNK, CHUNK)
-                to = acc.at[tuple(part)] if products > 1 else acc
+                here = pl.ds(j * CHUNK, CHUNK)
+                part = (here, slice(None)) if side == 0 else (slice(None), here)
+                to = acc.at[part] if products > 1 else acc
                 if s.kind == "normal":
                     plgpu.wgmma(to, x, square)
                 else:
@@ -348,7 +348,7 @@ def kernel(
                 plgpu.commit_smem()
                 m_at, n_at = (r, c) if s.kind == "normal" else (c, r)
                 if plan_g is None:
-                    to = y_g.at[entry(t)[0]] if batch else y_g
+                    to = y_g.at[entry(t)] if batch else y_g
                     _put(y_out.at[wg, i % slots], to, m0 + m_at, n0 + n_at)
                     continue
                 most = min(put_rows, x_rows)
