@@ -16,6 +16,8 @@ from jdet.pallas_kernels import OPS, available, implementation_of
 from jdet.pallas_kernels.generations import GENERATIONS
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+# Of jaxlib: whose compiler's bits the tests and the committed results have shown.
+_SHOWN = "0.11"
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +103,11 @@ def describe() -> dict[str, Any]:
         notes.append("float32 models use `portable` (jnp): the GPU kernels take 16-bit operands")
     if implementation == "mosaic_tpu":
         notes.append("the TPU kernels were compiled and interpreted: no TPU has run them yet")
+    jaxlib = versions()["jaxlib"]
+    if not jaxlib.startswith(f"{_SHOWN}."):
+        notes.append(
+            f"the guarantees are shown for jaxlib {_SHOWN}, not for {jaxlib}: try `jdet certify`"
+        )
     contract = Contract()
     return {
         "versions": versions(),

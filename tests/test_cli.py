@@ -190,6 +190,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("jax.devices", lambda: [chip] * 4)
 
 
+@pytest.mark.parametrize(("version", "shown"), [("0.11.2", True), ("0.12.0", False)])
+def test_env_says_for_which_jaxlib_the_guarantees_are_shown(version, shown, run, monkeypatch):
+    monkeypatch.setattr("jdet.environment.versions", lambda: {"jaxlib": version})
+    notes = json_of(run("env", "--json"))["notes"]
+    assert any(f"not for {version}" in note for note in notes) != shown
+
+
 @pytest.mark.parametrize("generation", GENERATIONS, ids=lambda g: g.name)
 def test_env_on_a_tpu_names_generation_contract_and_kernels(generation, run, monkeypatch):
     pretend(monkeypatch, generation.device_kinds[0])
