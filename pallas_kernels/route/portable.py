@@ -64,7 +64,7 @@ def route(
     k: int,
     normalise: bool,
 ) -> Routing:
-    """See `reference.route`. Divisions are correctly rounded operations."""
+    """See `reference.route`. Divisions are correctly rounded on a CPU, `div.full` on a GPU."""
     x = logits.astype(jnp.float32)
     e = exp(x - row_maximum(x))
     p = e / tree_sum(e)[:, None]

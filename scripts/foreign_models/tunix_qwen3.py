@@ -38,6 +38,7 @@ def config_of(size: str) -> tuple[qwen3.ModelConfig, int, tuple[int, ...]]:
         "real": (dataclasses.replace(qwen3.ModelConfig.qwen3_0p6b(), num_layers=2), 13, (8,)),
         "large": (dataclasses.replace(qwen3.ModelConfig.qwen3_8b(), num_layers=4), 61, (8,)),
         "long": (dataclasses.replace(qwen3.ModelConfig.qwen3_8b(), num_layers=4), 1021, (8,)),
+        "full": (qwen3.ModelConfig.qwen3_8b(), 1021, (8,)),
     }[size]
 
 

@@ -17,7 +17,7 @@ from numpy.random import Generator
 
 import jdet
 
-TIMED = {"long": (1, 32)}
+TIMED = {"long": (1, 32), "full": (1,)}
 
 
 class Steps(NamedTuple):
