@@ -56,8 +56,7 @@ def blank(checkpoint: Checkpoint, dtype: DTypeLike, sharding: Placement | None =
         config = DecoderConfig.from_hf(checkpoint.config)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(decoder)
+    graph, state = nnx.split(Decoder(config, dtype=dtype, rngs=None))
     flat = dict(nnx.to_flat_state(state))
     names = {name_of(path): path for path, _ in entries(config)}
     wanted = {name: placed(sharding, name, flat[path]) for name, path in names.items()}

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,7 +13,7 @@ from jdet.cache import KVCache
 from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
 from jdet.models.moe import Experts
-from jdet.models.weights import random_weight
+from jdet.models.weights import ones, random_weight
 from jdet.ops import Ops
 from jdet.pallas_kernels.gated_matmul import Activation
 
@@ -30,12 +31,12 @@ def rope_tables(config: DecoderConfig) -> dict[tuple[str, int], np.ndarray]:
     return tables
 
 
-def _norm(config: DecoderConfig, size: int, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.ones(size, jnp.float32 if config.unit_offset_norms else dtype))
+def _norm(config: DecoderConfig, size: int, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param:
+    return ones(rngs, size, jnp.float32 if config.unit_offset_norms else dtype)
 
 
-def _bias(rngs: nnx.Rngs, size: int, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param((rngs.params.normal((size,), jnp.float32) * 0.1).astype(dtype))
+def _bias(rngs: nnx.Rngs | None, size: int, dtype: DTypeLike) -> nnx.Param:
+    return random_weight(rngs, (size,), dtype, scale=0.1)
 
 
 def _value(parameter: nnx.Param | None) -> Array | None:
@@ -62,7 +63,7 @@ def _split(x: Float[Array, "R D"], groups: tuple[Placed, ...]) -> list[Float[Arr
 class Attention(nnx.Module):
     """Grouped-query attention of one layer; query, key and value projections are one matrix."""
 
-    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs | None):
         self.config = config
         self.window = config.window(layer)
         self.rope_index = config.rope_index(layer)
@@ -73,8 +74,8 @@ class Attention(nnx.Module):
         self.qkv_bias = _bias(rngs, width, dtype) if config.qkv_bias else None
         self.out = random_weight(rngs, (hidden, heads * dim), dtype)
         self.out_bias = _bias(rngs, hidden, dtype) if config.out_bias else None
-        self.q_norm = _norm(config, dim, dtype) if config.qk_norm else None
-        self.k_norm = _norm(config, dim, dtype) if config.qk_norm else None
+        self.q_norm = _norm(config, dim, dtype, rngs) if config.qk_norm else None
+        self.k_norm = _norm(config, dim, dtype, rngs) if config.qk_norm else None
 
     def __call__(
         self,
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated MLP; gate and up projections are one matrix."""
 
-    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation: Activation = config.activation
         self.gate_up = random_weight(rngs, (2 * inner, hidden), dtype)
@@ -138,17 +139,17 @@ class Layer(nnx.Module):
     With post-norms the branch is normalised before it is added.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, post = config.hidden_size, config.post_norms
         self.eps = config.rms_norm_eps
-        self.attention_norm = _norm(config, hidden, dtype)
+        self.attention_norm = _norm(config, hidden, dtype, rngs)
         self.attention = Attention(config, layer, dtype, rngs)
-        self.attention_post_norm = _norm(config, hidden, dtype) if post else None
-        self.mlp_norm = _norm(config, hidden, dtype)
+        self.attention_post_norm = _norm(config, hidden, dtype, rngs) if post else None
+        self.mlp_norm = _norm(config, hidden, dtype, rngs)
         sparse = config.has_experts(layer)
         self.mlp = None if sparse else MLP(config, dtype, rngs)
         self.experts = Experts(config, dtype, rngs) if sparse else None
-        self.mlp_post_norm = _norm(config, hidden, dtype) if post else None
+        self.mlp_post_norm = _norm(config, hidden, dtype, rngs) if post else None
 
     def __call__(
         self,
@@ -183,24 +184,27 @@ class Decoder(nnx.Module):
     Attributes:
       config: the shape.
       dtype: of weights, activations and cache; logits are float32.
+
+    Without rngs it is a decoder of shapes and dtypes, to be filled from a file.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.embedding = nnx.Param(
-            (rngs.params.normal((config.vocab_size, config.hidden_size)) * 0.02).astype(dtype)
-        )
+        shape = config.vocab_size, config.hidden_size
+        self.embedding = random_weight(rngs, shape, dtype, scale=0.02)
         self.layers = nnx.List(
             [Layer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)]
         )
-        self.norm = _norm(config, config.hidden_size, dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else random_weight(rngs, (config.vocab_size, config.hidden_size), dtype)
-        )
-        tables = {path: RopeTable(jnp.asarray(t)) for path, t in rope_tables(config).items()}
+        self.norm = _norm(config, config.hidden_size, dtype, rngs)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else random_weight(rngs, shape, dtype)
+        tables = {
+            path: RopeTable(
+                jax.ShapeDtypeStruct(t.shape, t.dtype) if rngs is None else jnp.asarray(t)
+            )
+            for path, t in rope_tables(config).items()
+        }
         self.rope_cos = nnx.List([t for (name, _), t in tables.items() if name == "rope_cos"])
         self.rope_sin = nnx.List([t for (name, _), t in tables.items() if name == "rope_sin"])
 

@@ -19,7 +19,7 @@ class Experts(nnx.Module):
     does: fewer ties to break.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
         self.router = random_weight(rngs, (config.num_experts, hidden), dtype)
