@@ -59,8 +59,8 @@ Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and
 At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 8 * fetch splits of 2 KiB, or 0.5
 for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
 of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
-ptxas stores to local memory, a thread: none in decode, or 5 without pages; 40 in spread prefill;
-103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 7 in decode, 190
+ptxas stores to local memory, a thread: none in decode; 100 in spread prefill;
+103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 10 in decode, 190
 to 270 walked. Pages of 16 add 30 to 130, in the producer.
 
 Bits: scripts/bench/results/h200-attention-3.json (decode), those that earlier forms had on an H100
@@ -175,7 +175,7 @@ def _attention(
         **params,
     )(*inputs.values())
     if spread:
-        out = fold_splits(*out, last, d=d, s=s, **params)
+        out = fold_splits(out, last, d=d, s=s, **params)
         if decode:
             out = out.reshape(batch, 1, kv_heads, d.part_rows, dim)[..., :group, :]
         else:

@@ -128,10 +128,7 @@ def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
 
 
 def fold_splits(
-    parts: jax.Array,
-    sums: jax.Array,
-    left: jax.Array,
-    done: jax.Array,
+    spread: Any,
     last: jax.Array,
     *,
     d: Shape,
@@ -139,7 +136,8 @@ def fold_splits(
     interpret: Any,
     compiler_params: Any,
 ) -> jax.Array:
-    """`done`, [tiles, heads of keys x part_rows, dim], with what several teams have met."""
+    """The results, [tiles, heads of keys x part_rows, dim], of what a spread grid has left."""
+    parts, sums, left, done = spread
     tiles, _, _, dim = parts.shape
     columns = min(s.merge_columns, dim)
     y = jax.new_ref(done)
