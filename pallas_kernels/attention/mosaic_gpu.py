@@ -32,11 +32,13 @@ Schedules (what the bits do not depend on; mosaic_gpu_schedules):
 - `walked`: a block has 1 or 2 consumer warpgroups of 64 query rows (the heads that share keys x
   consecutive queries) and walks their splits in order; for prefill. Splits that all rows see
   in full are not masked.
-- `spread`: equal, contiguous shares of all (tile, head, split). What the taker of one meets
-  from split 0 on it folds as it goes and leaves at the last of these splits; any other split it
-  leaves alone. Both lie in memory in float32, and `fold`, a second kernel, merges them in order.
-  For decode: equal work whatever the lengths, and no partial results where shares hold many heads.
-  A block of the fold takes all columns, or 32 where there are few blocks and many splits to fetch.
+- `spread`: equal, contiguous shares of all (tile, head, split), which each block counts itself.
+  Where at most 8 rows of a tile carry a query, a head that the taker of a share meets from its
+  first split to its last is done. Of any other the taker of split 0 folds what it meets and leaves
+  it at the last of these splits; the rest of its splits are left alone. Both lie in memory in
+  float32, and `fold`, a second kernel, merges them in order. For decode: equal work whatever the
+  lengths, and no partial results where shares hold many heads. A block of the fold takes all
+  columns, or 32 where there are few heads and many splits to fetch.
 
 Decode uses the same 64-row tile with few real rows. Where they are at most 8, half of every
 thread's registers hold no row, and are left out (mosaic_gpu_rows): half of the exponentials, and
@@ -54,15 +56,16 @@ cache it reads the page numbers itself, and starts one copy for each page that a
 
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 3 slots and 16 KiB for each of two teams, 6 slots and 16 KiB for one, under 227 KiB.
-At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5
+At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 8 * fetch splits of 2 KiB, or 0.5
 for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
 of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
-ptxas stores to local memory, a thread: none in decode, or 5 without pages; 40 in spread prefill;
-103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 7 in decode, 190
+ptxas stores to local memory, a thread: none in decode; 100 in spread prefill;
+103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 10 in decode, 190
 to 270 walked. Pages of 16 add 30 to 130, in the producer.
 
-Bits: scripts/bench/results/h200-attention-2.json, those that an earlier form had on an H100 and an
-H200 (h100-check-attention.json, h200-check-attention-options.json). Times on an H200: the first.
+Bits: scripts/bench/results/h200-attention-3.json (decode), those that earlier forms had on an H100
+and an H200 (h100-check-attention.json, h200-check-attention-options.json, h200-attention-2.json).
+Times on an H200: the first, prefill in the last.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
@@ -78,6 +81,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jdet.pallas_kernels.attention.mosaic_gpu_ends import COUNTED
 from jdet.pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from jdet.pallas_kernels.attention.mosaic_gpu_merge import fold_splits
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
@@ -139,8 +143,11 @@ def _attention(
     if page_table is not None:
         inputs["table"] = page_table
     if spread:
-        inputs["ends"] = ends_of(last, d)
-        out_type = d.parts(batch * tiles, d.most_splits(cache), s.fetch)
+        if batch * tiles > COUNTED:
+            inputs["ends"] = ends_of(last, d)
+        splits = d.most_splits(cache)
+        s = dataclasses.replace(s, fetch=min(s.fetch, splits))
+        out_type = d.parts(batch * tiles, splits, s.fetch, q.dtype)
         grid = s.blocks
     else:
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
@@ -168,7 +175,7 @@ def _attention(
         **params,
     )(*inputs.values())
     if spread:
-        out = fold_splits(out, last, inputs["ends"], d=d, s=s, dtype=q.dtype, **params)
+        out = fold_splits(out, last, d=d, s=s, **params)
         if decode:
             out = out.reshape(batch, 1, kv_heads, d.part_rows, dim)[..., :group, :]
         else:

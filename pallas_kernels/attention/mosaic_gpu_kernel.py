@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdet.pallas_kernels.attention.mosaic_gpu_merge import LANES, fill, finish, merge
+from jdet.pallas_kernels.attention.mosaic_gpu_ends import count_ends
+from jdet.pallas_kernels.attention.mosaic_gpu_merge import fill, finish, merge
 from jdet.pallas_kernels.attention.mosaic_gpu_rows import Rows
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
@@ -51,14 +52,16 @@ def _union(shape: tuple[int, ...], tiled: tuple[int, ...], dtype: Any, interpret
 def attention_kernel(
     *refs: Any, names: tuple[str, ...], s: Schedule, d: Shape, slots: int, interpret: bool
 ) -> None:
-    """Everything but the fold of a spread grid. The inputs, by name, then the result:
+    """Everything but the fold of a spread grid. The inputs, by name, then the results:
 
     q, k, v; last: of each tile of queries, its last position; if walked, first: its first one; if
-    prefill, rows: the position of each of its rows; if spread, ends: see `ends_of`; if k and v
-    are pages, table. With a sliding window origin: see `origins_of`, from where all positions are
-    then counted; and first in prefill, spread or not.
+    prefill, rows: the position of each of its rows; if spread over more tiles than it counts
+    itself, ends: see `ends_of`; if k and v are pages, table. With a sliding window origin: see
+    `origins_of`, from where all positions are then counted; and first in prefill, spread or not.
+
+    o; of a spread grid partial o and sums, left, o, see `Shape.parts`.
     """
-    g, o_g = dict(zip(names, refs, strict=False)), refs[-1]
+    g, *parts_g, o_g = dict(zip(names, refs, strict=False)), *refs[len(names) :]
     q_g = g["q"]
     spread, decode = s.kind == "spread", "rows" not in g
     chunks, band_chunks = d.dim // _CHUNK, d.band // _CHUNK
@@ -74,7 +77,18 @@ def attention_kernel(
     rows = Rows(d.rows, d.few, interpret)
     fma, across = rows.fma, rows.across
 
-    def scope(q_s, kv_s, full, empty, q_full, q_empty, p_s: Any = None):
+    def scope(
+        q_s,
+        kv_s,
+        full,
+        empty,
+        q_full,
+        q_empty,
+        p_s: Any = None,
+        last_s: Any = None,
+        ends_s: Any = None,
+        counted: Any = None,
+    ):
         q_in, q_mma = (q_s, q_s) if interpret else q_s
         wg = lax.axis_index("wg")
         band = wg if d.bands > 1 else 0
@@ -84,11 +98,23 @@ def attention_kernel(
             """The slot of a team's copy number `at`."""
             return team * slots + lax.rem(at, slots)
 
+        last_of = g["last"]
         if spread:
+            if "ends" in g:
+                ends = g["ends"]
+            else:
+                last_of, ends = last_s, ends_s
+
+                @pl.when(wg == 0)
+                def _():
+                    count_ends(g["last"], last_s, ends_s, d=d, interpret=interpret)
+                    plgpu.barrier_arrive(counted)
+
+                plgpu.barrier_wait(counted)
             blocks = lax.axis_size("block")
             share = team * blocks + lax.axis_index("block")
             each_item = functools.partial(
-                walk_share, share=share, shares=teams * blocks, last=g["last"], ends=g["ends"], d=d
+                walk_share, share=share, shares=teams * blocks, last=last_of, ends=ends, d=d
             )
         else:
             each_item = functools.partial(walk_block, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
@@ -139,20 +165,18 @@ def attention_kernel(
                     for i, (at, page) in enumerate(zip(keys, pages, strict=True))
                 ]
 
-            def item(loads, done, row, head, first, end, last, fresh, _):
-                @pl.when(fresh)
-                def _():
-                    if spread:
+            def item(loads, done, row, head, first, end, last, _):
+                if spread:
 
-                        @pl.when(loads > 0)
-                        def _():
-                            plgpu.barrier_wait(q_empty.at[team])
+                    @pl.when(loads > 0)
+                    def _():
+                        plgpu.barrier_wait(q_empty.at[team])
 
-                    # A tile past the last of its row is another row's, or nothing: never stored.
-                    for i in range(s.wgs):
-                        for c in range(chunks):
-                            for src, dst in q_copies(q_g, q_in, row + i, head, team + i, c):
-                                plgpu.copy_gmem_to_smem(src, dst, q_full.at[team])
+                # A tile past the last of its row is another row's, or nothing: never stored.
+                for i in range(s.wgs):
+                    for c in range(chunks):
+                        for src, dst in q_copies(q_g, q_in, row + i, head, team + i, c):
+                            plgpu.copy_gmem_to_smem(src, dst, q_full.at[team])
 
                 batch = row if decode else lax.div(row, tiles)
                 begin = done * split_slots
@@ -325,12 +349,12 @@ def attention_kernel(
         ):
             """`state` and the splits begin..end; the team has walked `offset` splits before.
 
-            `final`: the queries are given back once they have met the last of these splits.
+            `final`: the split that the queries are given back after.
             """
 
             def step(i, state):
                 at = (offset + i - begin) * split_slots
-                q_used = None if final is None else final & (i == end - 1)
+                q_used = None if final is None else i == final
                 part = split(at, q_slot, i * d.kv_split, limit, low_key, last_key, q_used)
                 m, total, out = state
                 m, total, (out,) = merge(
@@ -344,16 +368,16 @@ def attention_kernel(
             """The first key that a row of the block sees; below 0 if that is key 0."""
             if not windowed:
                 return None
-            first = g["last"] if decode else g["first"]
+            first = last_of if decode else g["first"]
             return first[row] + 1 - d.sliding_window
 
         def row_limit(row):
             if decode:
-                return g["last"][row]
+                return last_of[row]
             return plgpu.load(g["rows"].at[row], layout=rows.row_layout, optimized=False)
 
         def consume_walked():
-            def item(_0, _1, row, head, first, end, high, _2, _3):
+            def item(_0, _1, row, head, first, end, high, _2):
                 slot = wg if s.wgs > 1 else 0
                 tile = lax.rem(row, tiles) + slot
                 mine = row + jnp.where(tile < tiles, slot, 0)
@@ -401,29 +425,42 @@ def attention_kernel(
             each_item(item)
 
         def consume_spread():
-            def write(row, head, index, state):
-                m, total, out = state
+            parts_o, parts_sums, left = parts_g
 
-                def put(piece, to):
-                    window = pl.ds(head * d.part_rows, d.rows)
-                    rows.store(o_g.at[row, index, to, window], piece)
+            def item(_, done, row, head, first, end, high, splits):
+                window, cols = pl.ds(head * d.part_rows, d.rows), pl.ds(band * d.band, d.band)
+                keys = row_limit(row), first_key(row), high
+                alone = first > 0  # what lies before is another team's
+                # With more rows there are no registers for it: the fold completes such a head.
+                whole = jnp.logical_not(alone) & (end == splits) if d.few else None
+                plgpu.barrier_wait(q_full.at[team])
 
-                count = d.band // LANES
-                for c in range(count):
-                    put(out[:, c * LANES : (c + 1) * LANES], band * count + c)
+                def segment(i, _):
+                    begin = first + i
+                    upto = jnp.where(alone, begin + 1, end)
+                    m, total, out = merge_splits(
+                        begin, upto, nothing(), done + i, team, *keys, final=end - 1
+                    )
 
-                def sums():
-                    for c, x in enumerate((m, total)):
-                        put(across(x, LANES), d.dim // LANES + c)
+                    def sums():
+                        for c, x in enumerate((m, total)):
+                            rows.store(parts_sums.at[row, upto - 1, c, window], x, keep=decode)
 
-                pl.when(band == 0)(sums) if d.bands > 1 else sums()
+                    def leave():
+                        rows.store(parts_o.at[row, upto - 1, window, cols], out, keep=decode)
+                        pl.when(band == 0)(sums) if d.bands > 1 else sums()
 
-            def item(_, done, row, head, first, end, high, fresh, final):
-                limit = row_limit(row)
-                pl.when(fresh)(lambda: plgpu.barrier_wait(q_full.at[team]))
-                keys = limit, first_key(row), high
-                state = merge_splits(first, end, nothing(), done, team, *keys, final)
-                write(row, head, end - 1, state)
+                    def complete():
+                        y = finish(across(total, d.band), out).astype(o_g.dtype)
+                        rows.store(o_g.at[row, window, cols], y)
+
+                    leave() if whole is None else lax.cond(whole, complete, leave)
+
+                lax.fori_loop(0, jnp.where(alone, end - first, 1), segment, None)
+
+                @pl.when(jnp.logical_not(alone) & (band == 0))
+                def _():
+                    left[row, head] = end - 1 if whole is None else jnp.where(whole, -1, end - 1)
 
             each_item(item)
 
@@ -448,6 +485,9 @@ def attention_kernel(
         q_full=barrier(num_arrivals=q_arrivals, num_barriers=teams),
         q_empty=barrier(num_arrivals=consumers, num_barriers=teams),
     )
+    if spread and "ends" not in names:
+        tiles_s = plgpu.SMEM(g["last"].shape, jnp.int32)
+        scratch |= dict(last_s=tiles_s, ends_s=tiles_s, counted=barrier())
     if interpret:
         scratch["p_s"] = plgpu.SMEM((teams * consumers, ROWS, d.tile), q_g.dtype, transforms=_TILED)
     pl.run_scoped(scope, **scratch, collective_axes="wg")

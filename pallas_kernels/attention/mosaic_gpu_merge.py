@@ -6,7 +6,6 @@ be fused is therefore written as one explicit instruction (`exact`).
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,16 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jdet.compat import store
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
+    FOLD_ROWS,
     Schedule,
     Shape,
-    share_of,
     splits_of,
 )
 from jdet.pallas_kernels.exact import exact
 
-LANES = 32  # 32-bit elements in one 128-byte row
-RING = 4  # groups of splits on their way into the fold
+RING = 8  # groups of splits on their way into the fold
 
 
 def fill(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
@@ -47,95 +46,113 @@ def finish(total: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.where(none, 0.0, out / jnp.where(none, 1.0, total) + 0.0)
 
 
-def fold(*refs: Any, d: Shape, shares: int, interpret: bool, **scratch: Any) -> None:
-    """Folds what a spread grid left: some rows and columns of one tile and head, ascending."""
-    part_g, last_g, ends_g, y_g = refs
-    out_s, sums_s, y_s, full = (scratch[name] for name in ("out_s", "sums_s", "y_s", "full"))
-    ring, group, pieces, size = out_s.shape[:4]
-    every = d.dim // LANES
+def fold(*refs: Any, d: Shape, interpret: bool, **scratch: Any) -> None:
+    """Folds what a spread grid left: some rows and columns of one tile and head, ascending.
+
+    Heads that one team has met from their first split to their last are done.
+    """
+    parts_g, sums_g, left_g, last_g, y_g = refs
     row, head, part = (lax.axis_index(name) for name in ("row", "head", "part"))
-    first = head * d.part_rows + lax.div(part, every // pieces) * size
-    column = lax.rem(part, every // pieces) * pieces
-    splits = splits_of(last_g[row], d)
-    # The team that met split 0 has folded all of its own: they lie at the last of them.
-    share = share_of(ends_g, shares)
-    item = ends_g[row] - (d.kv_heads - head) * splits
-    begin = lax.min((lax.div(item, share) + 1) * share - item, splits) - 1
-    begin = lax.max(begin, 0)
-    steps = lax.div(splits - begin + group - 1, group)
-
-    def fetch(i):
-        slot = lax.rem(i, ring)
-        window = pl.ds(begin + i * group, group)
-        for smem, chunks in ((out_s, pl.ds(column, pieces)), (sums_s, pl.ds(every, 2))):
-            gmem = part_g.at[row, window, chunks, pl.ds(first, size)]
-            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], full.at[slot])
-
-    lax.fori_loop(0, lax.min(steps, ring), lambda i, _: fetch(i), None)
-    shape = (size, LANES)
-    layout = plgpu.Layout.WG_STRIDED(shape, 1)
+    splits, left = splits_of(last_g[row], d), left_g[row, head]
+    ring, group, size, columns = scratch["out_s"].shape
+    every = d.dim // columns
+    first = head * d.part_rows + lax.div(part, every) * size
+    column = lax.rem(part, every) * columns
+    # A row to each of the four warps, neighbouring columns to a thread.
+    tiling = plgpu.Tiling(((4, columns), (columns // 32,)))
+    layout: Any = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    row_layout = layout.reduce(1)
     fma = functools.partial(exact, "fma.rn.f32", layout, interpret)
+    fma_row = functools.partial(exact, "fma.rn.f32", row_layout, interpret)
 
-    def step(i, state):
-        slot = lax.rem(i, ring)
-        plgpu.barrier_wait(full.at[slot])
-        for j in range(group):
-            m, total = (sums_s[slot, j, c] for c in range(2))
-            out = [out_s[slot, j, c] for c in range(pieces)]
-            m1, total1, out1 = merge(state, (m, total, out), fma, fma, lambda x: x)
-            if j:
-                m0, total0, out0 = state
-                index = lax.broadcast_in_dim(begin + i * group + j, shape, ())
-                there = plgpu.layout_cast(index, layout) < splits
-                m1, total1 = jnp.where(there, m1, m0), jnp.where(there, total1, total0)
-                out1 = [jnp.where(there, x, y) for x, y in zip(out1, out0, strict=True)]
-            state = m1, total1, out1
-        plgpu.commit_smem()
+    def load(ref: Any, layout: Any) -> jax.Array:
+        return plgpu.load(ref, layout=layout, optimized=False)
 
-        @pl.when(i + ring < steps)
-        def _():
-            fetch(i + ring)
+    def across(x: jax.Array) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (size, columns), (0,)), layout)
 
-        return state
+    def known(i: Any, m: Any, total: Any, out: Any) -> Any:
+        """A split after the last as one without a key: memory holds anything there."""
 
-    zero = fill(shape, 0.0, layout)
-    state = (fill(shape, -jnp.inf, layout), zero, [zero] * pieces)
-    _, total, out = lax.fori_loop(0, steps, step, state)
-    for c, x in enumerate(out):
-        y_s[c] = finish(total, x).astype(y_g.dtype)
-    plgpu.commit_smem()
-    for c in range(pieces):
-        to = y_g.at[row, pl.ds(first, size), pl.ds((column + c) * LANES, LANES)]
-        plgpu.copy_smem_to_gmem(y_s.at[c], to)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def choose(x, other, layout):
+            index = plgpu.layout_cast(lax.broadcast_in_dim(i, x.shape, ()), layout)
+            return jnp.where(index < splits, x, other)
+
+        m, total = choose(m, -jnp.inf, row_layout), choose(total, 0.0, row_layout)
+        return m, total, choose(out, 0.0, layout)
+
+    def merge_all(begin: Any, out_s: Any, sums_s: Any, full: Any) -> None:
+        steps = lax.div(splits - begin + group - 1, group)
+
+        def fetch(i):
+            slot = lax.rem(i, ring)
+            window, rows = pl.ds(begin + i * group, group), pl.ds(first, size)
+            o_g = parts_g.at[row, window, rows, pl.ds(column, columns)]
+            for gmem, smem in ((o_g, out_s), (sums_g.at[row, window, :, rows], sums_s)):
+                plgpu.copy_gmem_to_smem(gmem, smem.at[slot, pl.ds(0, group)], full.at[slot])
+
+        lax.fori_loop(0, lax.min(steps, ring), lambda i, _: fetch(i), None)
+
+        def step(i, state):
+            slot = lax.rem(i, ring)
+            plgpu.barrier_wait(full.at[slot])
+            for j in range(group):
+                m, total = (load(sums_s.at[slot, j, c], row_layout) for c in range(2))
+                out = load(out_s.at[slot, j], layout)
+                if j:
+                    m, total, out = known(begin + i * group + j, m, total, out)
+                state = merge(state, (m, total, [out]), fma, fma_row, across)
+
+            @pl.when(i + ring < steps)
+            def _():
+                plgpu.commit_smem()
+                fetch(i + ring)
+
+            return state
+
+        state = (
+            fill((size,), -jnp.inf, row_layout),
+            fill((size,), 0.0, row_layout),
+            [fill((size, columns), 0.0, layout)],
+        )
+        _, total, (out,) = lax.fori_loop(0, steps, step, state)
+        y = finish(across(total), out).astype(y_g.dtype)
+        store(y_g.at[row, pl.ds(first, size), pl.ds(column, columns)], y)
+
+    # Of a tile without a key nobody has written anything.
+    begin = jnp.where(splits == 0, 0, left)
+
+    @pl.when(begin >= 0)
+    def _():
+        merge_all(begin, **scratch)
 
 
 def fold_splits(
-    parts: jax.Array,
+    spread: Any,
     last: jax.Array,
-    ends: jax.Array,
     *,
     d: Shape,
     s: Schedule,
-    dtype: Any,
     interpret: Any,
     compiler_params: Any,
 ) -> jax.Array:
-    """[tiles, heads of keys x part_rows, dim] from what a spread grid has left."""
-    tiles, _, _, rows, _ = parts.shape
-    size, pieces = math.gcd(s.merge_rows, d.part_rows), min(s.merge_columns, d.dim) // LANES
-    return plgpu.kernel(
-        functools.partial(fold, d=d, shares=s.shares(d), interpret=bool(interpret)),
-        out_type=jax.ShapeDtypeStruct((tiles, rows, d.dim), dtype),
-        grid=(tiles, d.kv_heads, d.part_rows // size * (d.dim // LANES // pieces)),
+    """The results, [tiles, heads of keys x part_rows, dim], of what a spread grid has left."""
+    parts, sums, left, done = spread
+    tiles, _, _, dim = parts.shape
+    columns = min(s.merge_columns, dim)
+    y = jax.new_ref(done)
+    plgpu.kernel(
+        functools.partial(fold, d=d, interpret=bool(interpret)),
+        grid=(tiles, d.kv_heads, d.part_rows // FOLD_ROWS * (dim // columns)),
         grid_names=("row", "head", "part"),
         scratch_types=dict(
-            out_s=plgpu.SMEM((RING, s.fetch, pieces, size, LANES), jnp.float32),
-            sums_s=plgpu.SMEM((RING, s.fetch, 2, size, LANES), jnp.float32),
-            y_s=plgpu.SMEM((pieces, size, LANES), dtype),
+            out_s=plgpu.SMEM((RING, s.fetch, FOLD_ROWS, columns), jnp.float32),
+            # In slots of 128 bytes, which copies ask for.
+            sums_s=plgpu.SMEM((RING, -(-s.fetch // 4) * 4, 2, FOLD_ROWS), jnp.float32),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=RING),
         ),
         kernel_name="jdet_attention_fold",
         compiler_params=compiler_params,
         interpret=interpret,
-    )(parts, last, ends)
+    )(parts, sums, left, last, y)
+    return jax.freeze(y)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import ROWS
 from jdet.pallas_kernels.exact import exact
@@ -144,21 +145,27 @@ class Rows:
         given = self.layout, self.row_layout
         return self._inline(f, scores.shape, scores.dtype, self.layout, *given)(scores, last)
 
-    def store(self, to: Any, x: jax.Array) -> None:
-        """The rows in use, to memory of the device. A thread's neighbours fill 32 bytes."""
+    def store(self, to: Any, x: jax.Array, keep: bool = False) -> None:
+        """The rows in use, of [height, n] or [height], to memory of the device.
+
+        A thread's neighbours fill 32 bytes of a row. `keep` is for what a later kernel reads: see
+        `_kept`.
+        """
         if self.interpret:
             to[...] = x[: self.used]
             return
+        wide, size = x.ndim == 2, 2 * x.dtype.itemsize
 
         def f(ctx: Any, to: Any, x: Any) -> None:
             del ctx
             i32 = ir.IntegerType.get_signless(32)
+            put = _kept(to) if keep else None
 
             def number(value: int) -> Any:
                 return arith.constant(i32, value)
 
-            def place(value: Any) -> Any:
-                return arith.index_cast(ir.IndexType.get(), value)
+            def place(*values: Any) -> list[Any]:
+                return [arith.index_cast(ir.IndexType.get(), value) for value in values]
 
             thread = arith.remui(mgpu.thread_idx(), number(128))
             warp, lane = (op(thread, number(32)) for op in (arith.divui, arith.remui))
@@ -167,11 +174,54 @@ class Rows:
             column = arith.muli(arith.remui(lane, number(4)), number(2))
             for half in range(1 if self.half else 2):
                 row = arith.addi(first, number(8 * half))
-                with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, number(self.used))):
+                mine = arith.cmpi(arith.CmpIPredicate.ult, row, number(self.used))
+                if not wide:
+                    once = arith.cmpi(arith.CmpIPredicate.eq, column, number(0))
+                    with mgpu.when(arith.andi(mine, once)):
+                        value = vector.extract(x.registers.flat[half], [], [0])
+                        put([value], row) if put else memref.store(value, to, place(row))
+                    continue
+                with mgpu.when(mine):
                     for index, pair in np.ndenumerate(x.registers):
-                        if self.half or index[4] == half:
-                            at = arith.addi(column, number(8 * index[1]))
-                            vector.store(pair, to, [place(row), place(at)])
+                        if not self.half and index[4] != half:
+                            continue
+                        at = arith.addi(column, number(8 * index[1]))
+                        if put:
+                            put([vector.extract(pair, [], [i]) for i in range(2)], row, at)
+                        else:
+                            vector.store(pair, to, place(row, at), alignment=size)
 
-        given: Any = plgpu.RefType(), self.layout
+        given: Any = plgpu.RefType(), self.layout if wide else self.row_layout
         plgpu.inline_mgpu(arg_types=given)(f)(to, x)
+
+
+def _kept(to: Any) -> Any:
+    """put(values, *place): neighbouring float32 numbers to `to`, the last to leave the L2.
+
+    Partial results are few beside the keys and values that stream through the L2. Written back to
+    memory between those reads they cost several times their size.
+    """
+    strides, _ = ir.MemRefType(to.type).get_strides_and_offset()
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    base = utils.memref_ptr(to)
+    last = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
+    policy = llvm.inline_asm(i64, [], last, "=l", has_side_effects=False)
+
+    def put(values: list[Any], *place: Any) -> None:
+        at = functools.reduce(
+            arith.addi,
+            (arith.muli(i, arith.constant(i32, s)) for i, s in zip(place, strides, strict=True)),
+        )
+        address = utils.getelementptr(base, [at], ir.F32Type.get())
+        n = len(values)
+        data = ", ".join(f"${1 + i}" for i in range(n))
+        vector_of = {1: "", 2: ".v2"}[n]
+        llvm.inline_asm(
+            None,
+            [address, *values, policy],
+            f"st.global.L2::cache_hint{vector_of}.f32 [$0], {{{data}}}, ${1 + n};",
+            ",".join(["l", *"f" * n, "l"]),
+            has_side_effects=True,
+        )
+
+    return put

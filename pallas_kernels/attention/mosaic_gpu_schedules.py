@@ -18,6 +18,7 @@ SMS = 132  # of an H100 or H200 SXM
 # Of a spread grid: shares of contexts of 2^n keys end where heads do, and 128 reach all the memory.
 BLOCKS = 128
 SMEM_BYTES = 232_448  # per block on sm_90
+FOLD_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +27,24 @@ class Schedule:
 
     Attributes:
       kind: 'walked' (a block folds all splits of its rows) or 'spread' (a team takes a share of
-        all splits; a second kernel folds what a team could not).
+        all splits; a second kernel folds the heads that several teams met).
       wgs: tiles of 64 rows that a block walks side by side; 1 or 2, 1 if spread.
       blocks: blocks of a spread grid.
-      merge_rows: rows that a block of the second kernel folds.
-      merge_columns: columns of o that it folds, of head_dim at most.
-      fetch: splits that it fetches at once.
+      merge_columns: columns of o that a block of the second kernel folds, of head_dim at most.
+      fetch: splits that it fetches at once, of those that fit the cache at most.
     """
 
     kind: str
     wgs: int = 1
     blocks: int = BLOCKS
-    merge_rows: int = 4
     merge_columns: int = 128
-    fetch: int = 1
+    fetch: int = 2
 
     def __post_init__(self) -> None:
         if self.kind not in ("walked", "spread"):
             raise ValueError(f"kind must be 'walked' or 'spread', got {self.kind!r}")
         if self.wgs not in (1, 2) or (self.kind == "spread" and self.wgs != 1):
             raise ValueError(f"a block has 1 or 2 consumers, 1 if spread: {self}")
-        if self.merge_rows % 4:
-            raise ValueError(f"merge_rows must be a multiple of 4: {self}")
         if self.merge_columns not in (32, 64, 128):
             raise ValueError(f"merge_columns must be 32, 64 or 128: {self}")
         if self.blocks < 1 or self.fetch < 1:
@@ -98,8 +95,8 @@ class Shape:
 
     @property
     def part_rows(self) -> int:
-        """Rows of a tile in the partial results."""
-        return -(-self.rows // 4) * 4
+        """Rows of a tile in the partial results: a block of the fold takes FOLD_ROWS."""
+        return -(-self.rows // FOLD_ROWS) * FOLD_ROWS
 
     @property
     def tile(self) -> int:
@@ -124,13 +121,19 @@ class Shape:
         keys = self.sliding_window + self.queries - 1
         return min(every, -(-(keys - 1) // self.kv_split) + 1)
 
-    def parts(self, tiles: int, splits: int, fetch: int) -> jax.ShapeDtypeStruct:
-        """What a spread grid leaves: columns of o in pieces of 32, then m and l, 32 times each.
+    def parts(self, tiles: int, splits: int, fetch: int, dtype: Any) -> tuple[Any, ...]:
+        """What a spread grid leaves for the fold, and results.
 
+        o, then m and l, of splits; for each head the first of them, or -1 if it needs no fold.
         The last fetch of the fold may reach past the last split: there is room for it.
         """
-        shape = (tiles, splits + fetch - 1, self.dim // 32 + 2, self.kv_heads * self.part_rows, 32)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        rows, splits = self.kv_heads * self.part_rows, splits + fetch - 1
+        return (
+            jax.ShapeDtypeStruct((tiles, splits, rows, self.dim), jnp.float32),
+            jax.ShapeDtypeStruct((tiles, splits, 2, rows), jnp.float32),
+            jax.ShapeDtypeStruct((tiles, self.kv_heads), jnp.int32),
+            jax.ShapeDtypeStruct((tiles, rows, self.dim), dtype),
+        )
 
     @property
     def tiles(self) -> int:
@@ -196,9 +199,8 @@ def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
     return count
 
 
-# What a team does: body(loads before, splits before, tile, head, first split, end, last key, fresh,
-# final) for each of its segments, the splits first..end of one tile and head. `fresh` and `final`:
-# it is the first and the last of segments with the same queries. Returns both counts.
+# What a team does: body(loads before, splits before, tile, head, first split, end, last key, splits
+# of the tile) for each head that it meets, and the splits first..end of it. Returns both counts.
 
 
 def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
@@ -213,7 +215,7 @@ def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d:
         other = last[row + lax.min(i, tiles - 1 - first)]
         high = lax.max(high, other)
     zero, splits = jnp.int32(0), splits_of(high, d)
-    body(zero, zero, row, head, zero, splits, high, True, True)
+    body(zero, zero, row, head, zero, splits, high, splits)
     return jnp.int32(1), splits
 
 
@@ -226,7 +228,6 @@ def walk_share(
     stop = lax.min(begin + size, total)
 
     def row_loop(row, state):
-        # Not from `last`: its load would stand between the block's start and its first copy.
         offset = jnp.where(row > 0, ends[lax.max(row - 1, 0)], 0)
         items = ends[row] - offset
         splits = lax.div(items, d.kv_heads)
@@ -238,15 +239,7 @@ def walk_share(
             loads, done = state
             first = lax.max(low - head * splits, 0)
             end = lax.min(high - head * splits, splits)
-            alone = first > 0  # what lies before is another team's
-            count = jnp.where(alone, end - first, 1)
-
-            def segment_loop(i, _):
-                upto = jnp.where(alone, first + i + 1, end)
-                place = i == 0, i == count - 1
-                body(loads, done + i, row, head, first + i, upto, last[row], *place)
-
-            lax.fori_loop(0, count, segment_loop, None)
+            body(loads, done, row, head, first, end, last[row], splits)
             return loads + 1, done + end - first
 
         heads = lax.div(low, per_head), lax.div(high + per_head - 1, per_head)
@@ -257,15 +250,14 @@ def walk_share(
     return lax.fori_loop(*rows, row_loop, (zero, zero))
 
 
-# Of the second kernel, for few blocks with many splits to fetch, for some, and for many blocks.
-_FEW = Schedule("spread", merge_columns=32, fetch=8)
-_SOME = Schedule("spread", merge_columns=32, fetch=4)
+# Of the second kernel, for few heads with many splits to fetch, and for many heads.
+_FEW = Schedule("spread", merge_columns=32, fetch=16)
 _MANY = Schedule("spread")
 
 
 def schedules(length: int, dim: int) -> tuple[Schedule, ...]:
     """Registered schedules for `length` queries a row: all of them give the same bits."""
-    spread = (_FEW, _SOME, _MANY, Schedule("spread", blocks=37, merge_rows=16))
+    spread = (_FEW, _MANY, Schedule("spread", blocks=37, fetch=1))
     walked = (Schedule("walked"), Schedule("walked", wgs=2))
     return (*spread, *walked[: 2 if length > 1 and dim <= 128 else 1])
 
@@ -276,5 +268,5 @@ def default_schedule(batch: int, length: int, heads: int, kv_heads: int, dim: in
     wgs = 2 if dim <= 128 else 1
     if length > 1 and tiles * kv_heads >= wgs * SMS:
         return Schedule("walked", wgs=wgs)
-    folds = tiles * kv_heads
-    return _FEW if folds <= SMS // 4 else _SOME if folds <= SMS else _MANY
+    rows = ROWS if length > 1 else heads // kv_heads
+    return _FEW if tiles * kv_heads * -(-rows // FOLD_ROWS) <= SMS else _MANY

@@ -126,7 +126,7 @@ def mixed(case):
     "schedule",
     [
         Schedule("spread", blocks=1),
-        Schedule("spread", blocks=5, fetch=3, merge_rows=8, merge_columns=32),
+        Schedule("spread", blocks=5, fetch=3, merge_columns=32),
         Schedule("spread", blocks=40, fetch=4),
     ],
     ids=lambda s: f"{s.blocks}x{s.fetch}",
@@ -135,6 +135,12 @@ def test_shares_of_a_spread_grid(mixed, assert_same_bits, schedule):
     """Blocks that fold all, some and none of what they compute; groups of 3 heads."""
     inputs, walked = mixed
     assert_same_bits(attend(inputs, schedule), walked)
+
+
+def test_more_tiles_than_a_block_counts(mixed, assert_same_bits, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "COUNTED", len(MIXED) - 1)
+    inputs, walked = mixed
+    assert_same_bits(attend(inputs, Schedule("spread", blocks=4)), walked)
 
 
 def test_share_of_no_block(case):
