@@ -109,7 +109,7 @@ def choose(equation: core.JaxprEqn, rules: Rules, source: str) -> Choice:
             return Choice(TWIN, why)
         return Choice(TWIN if name in harmless.SUMMED_BACKWARD else KEEP, why)
     if name in harmless.ROUNDED and _narrow(equation):
-        return Choice(TWIN, "computed in float32, rounded once")
+        return Choice(TWIN, "rounded once, to 16 bits")
     if name in harmless.SUMMED_BACKWARD:
         return Choice(TWIN, "exact; its derivative sums")
     if name in harmless.PRODUCTS and inexact(equation.outvars[0].aval):

@@ -4,7 +4,8 @@ XLA:CPU hands exp, log and atan to a vector routine for the bulk of an array and
 its tail, and the two differ in the last bit (scripts/bench/results/cpu-dot-classes.json). The
 forms here are of correctly rounded operations. Elsewhere, and in float64, the originals stay.
 
-16-bit floats are computed in float32 and rounded once, by an operation that XLA does not drop.
+16-bit floats are computed in float32 and rounded once, by an operation that XLA does not drop;
+not where the card rounds to 16 bits itself (`harmless.INSTRUCTIONS`).
 """
 
 from collections.abc import Callable, Sequence

@@ -46,6 +46,9 @@ ROUNDED = SERIES | frozenset(
 # the fusion holds.
 PRODUCTS = SERIES | frozenset("mul square integer_pow".split())
 
+# What a Hopper card computes in 16 bits, by one correctly rounded (or exact) instruction.
+INSTRUCTIONS = frozenset("add add_any add_jaxvals sub mul max min select_n".split())
+
 # Exact, but their transposes or derivatives sum: twins, so that those sums have a fixed tree.
 SUMMED_BACKWARD = frozenset(
     """

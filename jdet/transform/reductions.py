@@ -7,8 +7,9 @@ Places are absolute: identities behind the last element (masked padding) change 
 does any other extent. 16-bit floats are summed in float32 and rounded once.
 
 Where XLA makes a thread of every element that a fusion writes (not on a CPU), the one block is
-written: threads side by side read lanes side by side, and none sums a whole row. So is the result
-of many elements, which every reader would make of the block anew.
+written: threads side by side read lanes side by side, and none sums a whole row. Of many elements
+so is the result, which every reader would make of the block anew, and every fourth sum of blocks,
+so that there are threads enough and none is thousands of instructions long.
 
 On NVIDIA cards maxima and minima of float32 and less are XLA's own: `max.NaN` puts -0 below 0 and
 makes one NaN of all, and so is exact in any order (PTX ISA 9.7.3, "max").
@@ -31,6 +32,7 @@ from jdet.transform.rules import Rules
 
 LANES = 16
 _MANY = 1 << 20
+_SUMS = 4
 
 type Combine = Callable[[Array, Array], Array]
 
@@ -51,6 +53,18 @@ COMBINE: dict[str, tuple[Combine, Callable[[Any], Any]]] = {
     "max": (lax.max, lowest),
     "min": (lax.min, highest),
 }
+
+
+def _written(x: Array, singly: bool) -> Array:
+    """x behind a barrier; `singly`: by a thread for each element.
+
+    XLA:GPU has a thread write four elements side by side where their number is even. What a warp
+    then reads at once, of the blocks that it sums, lies in eight places instead of two.
+    """
+    if not singly or any(jax.typeof(x).sharding.spec):  # which no flat array could have
+        return lax.optimization_barrier(x)
+    odd = lax.pad(x.reshape(-1), jnp.zeros((), x.dtype), [(0, 1, 0)])
+    return lax.optimization_barrier(odd)[:-1].reshape(x.shape)
 
 
 def tree(
@@ -78,17 +92,20 @@ def tree(
         left, right = (x.reshape(*shape[:axis], blocks * size, *shape[axis + 1 :]) for x in ends)
         return left, right
 
-    many = parts[0].size > _MANY
+    many, sums = parts[0].size > _MANY, 0
     parts = up_to(parts, LANES)
     while (extent := parts[0].shape[axis]) > 1:
         if extent > LANES:
             parts = up_to(parts, 2 * LANES)
         blocks = max(parts[0].shape[axis] // (2 * LANES), 1)
         left, right = zip(*(halves(x, blocks) for x in parts), strict=True)
-        parts = combine(left, right)
-        written = parts[0].shape[axis] == LANES or (parts[0].shape[axis] == 1 and many)
+        parts, sums = combine(left, right), sums + 1
+        extent = parts[0].shape[axis]
+        short = extent == 1 or (extent > LANES and sums % _SUMS == 0)
+        written = extent == LANES or (many and short)
         if platform != "cpu" and written:
-            parts = lax.optimization_barrier(parts)
+            singly = platform == "cuda" and many and extent > 1
+            parts = tuple(_written(x, singly) for x in parts)
     return tuple(lax.squeeze(x, (axis,)) for x in parts)
 
 

@@ -19,18 +19,31 @@ def attention(q, k, v, w):
     return jnp.einsum("BTHGD,HGDE->BTE", x, w)
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def compiled(request, on_h100, tmp_path):
+def program_and_ptx(f, example, folder):
     """The optimized HLO, and XLA's own PTX, with the options that a plain `jax.jit` has."""
+    step = jax.jit(
+        jdet.batch_invariant(f, implementation="mosaic_gpu"),
+        compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"},
+    )
+    hlo = step.lower(*example).compile().as_text()
+    return hlo, "".join(path.read_text() for path in folder.glob("*.ptx"))
+
+
+FLOATS = r"(?:f32|f16|bf16)(?:x2)?"
+
+
+def arithmetic(ptx):
+    """Its additions, products, maxima and FMAs."""
+    return re.findall(rf"\b(?:add|sub|mul|max|min|fma)\.(?:[\w.]*\.)?{FLOATS}\b", ptx)
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
+def compiled(request, on_h100, tmp_path):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, request.param)  # noqa: E731
     key = of(3, 136, 2, 64)
-    example = of(3, 9, 2, 4, 64), key, key, of(2, 4, 64, 96)
-    step = jax.jit(
-        jdet.batch_invariant(attention, implementation="mosaic_gpu"),
-        compiler_options={"xla_dump_to": str(tmp_path), "xla_dump_emitter_re": "ptx"},
+    return program_and_ptx(
+        attention, on_h100((of(3, 9, 2, 4, 64), key, key, of(2, 4, 64, 96))), tmp_path
     )
-    hlo = step.lower(*on_h100(example)).compile().as_text()
-    return hlo, "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
 
 
 def test_every_product_is_a_kernels(compiled):
@@ -44,9 +57,54 @@ def test_every_product_is_a_kernels(compiled):
 def test_instructions_round_one_by_one(compiled):
     """No product is joined with a sum (`alone` relies on it); maxima are max.NaN (reductions)."""
     _, ptx = compiled
-    found = re.findall(r"\b(?:add|sub|mul|max|min)\.(?:[\w.]*\.)?(?:f32|f16|bf16)(?:x2)?\b", ptx)
-    assert {"add.rn.f32", "sub.rn.f32", "mul.rn.f32"} < set(found)
-    assert all(re.match(r"(add|sub|mul)\.rn\.f32|max\.NaN", opcode) for opcode in found), found
+    found = [opcode for opcode in arithmetic(ptx) if not opcode.startswith("fma")]
+    assert {"add.rn.f32", "mul.rn.f32"} < set(found)
+    assert any(opcode.startswith("max.NaN") for opcode in found)
+    allowed = re.compile(rf"(?:add|sub|mul)\.rn\.{FLOATS}|max\.NaN\.{FLOATS}")
+    assert all(allowed.fullmatch(opcode) for opcode in found), found
     # An exponential has fmas of its own: three, and one that rounds down.
-    joined = len(re.findall(r"\bfma\.rn\.f32\b", ptx))
+    joined = len(re.findall(r"\bfma\.rn\.\w+", ptx))
     assert joined == 3 * len(re.findall(r"\bex2\.approx", ptx))
+
+
+# Of arrays of one 16-bit dtype: the instructions, t for the dtype.
+CHAINS = {
+    "product and sum": (lambda a, b, c: a * b + c, "mul.rn.t add.rn.t"),
+    "sums": (lambda a, b, c: a + b - c, "add.rn.t sub.rn.t"),
+    "extremes": (
+        lambda a, b, c: jnp.minimum(jnp.maximum(a * b, c), a),
+        "mul.rn.t max.NaN.t min.NaN.t",
+    ),
+    "choice": (lambda a, b, c: jnp.where(a > b, a * b, c) + c, "mul.rn.t add.rn.t"),
+    "widened": (
+        lambda a, b, c: (a * b).astype("float32") + c.astype("float32"),
+        "mul.rn.t add.rn.f32",
+    ),
+    "narrowed": (
+        lambda a, b, c: (a.astype("float32") * 3.0 + b.astype("float32")).astype(a.dtype) + c,
+        "mul.rn.f32 add.rn.f32 add.rn.t",
+    ),
+    "two factors": (lambda a, b, c: a * 3 * b * 3 + c, "mul.rn.t mul.rn.t mul.rn.t add.rn.t"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_16_bits_are_rounded_by_the_card(chain, dtype, on_h100, tmp_path):
+    """XLA neither widens nor joins these instructions: `lowerings` leaves them as they are."""
+    f, instructions = CHAINS[chain]
+    of = jax.ShapeDtypeStruct((1024, 64), dtype)
+    _, ptx = program_and_ptx(f, on_h100((of, of, of)), tmp_path)
+    short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    wanted = re.sub(r"\bt\b", short, instructions).split()
+    assert sorted(arithmetic(ptx)) == sorted(wanted), ptx
+
+
+def test_partial_sums_are_written_by_a_thread_each(on_h100, tmp_path):
+    """No thread of a long softmax is thousands of instructions long."""
+    of = jax.ShapeDtypeStruct((2048, 1021), jnp.bfloat16)
+    hlo, ptx = program_and_ptx(lambda x: jax.nn.softmax(x, -1), on_h100((of,)), tmp_path)
+    sums = max(body.count("add.rn.f32") for body in ptx.split(".entry")[1:])
+    # Fifteen, and one in each of sixteen exponentials.
+    assert sums == 31, sums
+    assert "f32[131073]" in hlo

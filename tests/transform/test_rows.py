@@ -13,6 +13,7 @@ from jax import lax
 
 import jdet
 from jdet.testing.programs import RandomProgram, random_program
+from jdet.transform import reductions
 
 SIZES = (1, 2, 7, 9, 33, 65)
 T, D = 5, 96
@@ -170,6 +171,22 @@ def test_padding_behind_the_last_element_changes_nothing():
     f = jax.jit(jdet.batch_invariant(attend), static_argnums=1)
     found = {np.asarray(f(rows(3), bucket)).tobytes() for bucket in (T, 8, 16, 17, 40)}
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_writing_partial_sums_changes_nothing(axis):
+    """On a GPU arrays of more than 2**20 elements are written on the way; the tree is one."""
+    x = np.random.default_rng(0).standard_normal((1100, 1021), np.float32)
+    sums = {}
+    for platform in ("cpu", "cuda"):
+        for rows in (3, 1100):
+            part = np.moveaxis(x[:rows], 1, axis)
+            f = jax.jit(lambda x, p=platform: reductions.reduce_axes(x, (axis,), "sum", p))
+            sums[platform, rows] = np.asarray(f(part))
+            wrote = "f32[70401]" in f.lower(part).compile().as_text()
+            assert wrote == (platform == "cuda" and rows == 1100)
+    assert len({made[:3].tobytes() for made in sums.values()}) == 1
+    np.testing.assert_array_equal(sums["cpu", 1100], sums["cuda", 1100])
 
 
 def test_nan_in_other_rows_stays_there():
