@@ -253,9 +253,10 @@ _GATED = (
     deepest("swapped", 16, 128, bk=128, gated=True),
     deepest("swapped", 64, 128, wgs=2, split="n", gated=True),
 )
+# Of few rows the widest tile is the first of equals (h200-matmul-gated-sweep.json).
 _GATED_CHOICES = tuple(
     (largest, tuple((_gated(s), of_tile) for s, of_tile in choices if s.can_gate))
-    for largest, choices in _CHOICES
+    for largest, choices in ((16, ((_SMALL[192], 192), *_CHOICES[0][1])), *_CHOICES[1:])
 )
 
 
