@@ -9,6 +9,7 @@ from typing import IO, Any
 from jdet.sampling import SamplingParams
 
 MAX_LINE_BYTES = 16 * 2**20
+MAX_SAMPLES = 128  # OpenAI's limit: one line must not fill the memory
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 _SAME_NAME = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"),
@@ -114,6 +115,9 @@ def _messages(value: object) -> list[dict[str, Any]]:
 
 def _sampling(given: dict[str, Any], digest: bytes, *, chat: bool) -> SamplingParams:
     values = {name: given.pop(name) for name in _SAME_NAME if name in given}
+    n = values.get("n", 1)
+    if isinstance(n, int) and n > MAX_SAMPLES:
+        raise ValueError(f"n={n}; allowed in a batch: 1 to {MAX_SAMPLES}")
     if "max_completion_tokens" in given:
         values["max_tokens"] = given.pop("max_completion_tokens")
     if "logit_bias" in given:

@@ -1,6 +1,7 @@
 """What an engine is given once: its memory, its budgets and the shapes it compiles."""
 
 import dataclasses
+from collections.abc import Iterable
 
 SMALLEST_PAGE = 16
 _USUAL_LENGTH = 1024
@@ -55,6 +56,8 @@ class EngineConfig:
             least = low.get(field.name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field.name}={value!r}; allowed: integers from {least}")
+        if not isinstance(self.prefix_caching, bool):
+            raise ValueError(f"prefix_caching={self.prefix_caching!r}; allowed: True, False")
         if self.page_size % SMALLEST_PAGE:
             raise ValueError(f"page_size={self.page_size}; allowed: multiples of {SMALLEST_PAGE}")
         room = self.max_tokens_per_step - self.max_batch_size
@@ -88,13 +91,14 @@ class EngineConfig:
             )
 
     def _check_ascending(self, name: str) -> None:
-        if getattr(self, name) is None:
+        given = getattr(self, name)
+        if given is None:
             return
-        values = tuple(getattr(self, name))
-        object.__setattr__(self, name, values)
-        whole = all(isinstance(v, int) and v > 0 for v in values)
+        values = tuple(given) if isinstance(given, Iterable) else ()
+        whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
         if not values or not whole or list(values) != sorted(set(values)):
-            raise ValueError(f"{name}={values!r}; allowed: ascending integers from 1")
+            raise ValueError(f"{name}={given!r}; allowed: ascending integers from 1")
+        object.__setattr__(self, name, values)
 
     def resolved(self, *, context_length: int, kv_split: int) -> "EngineConfig":
         """Self with every None filled in for a model of this context length.

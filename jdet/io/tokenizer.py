@@ -155,7 +155,11 @@ class Tokenizer:
 
         BOS is put before them where the file asks for it and the text (a rendered chat
         prompt, say) does not begin with it already.
+
+        Raises:
+            UnicodeEncodeError: ``text`` holds half of a surrogate pair, as JSON may.
         """
+        text.encode()  # the backend's own error is a TypeError that says something else
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._bos_to_add is not None and ids[:1] != [self._bos_to_add]:
             ids.insert(0, self._bos_to_add)

@@ -22,7 +22,12 @@ from jdet.models.load import LanguageModel
 from jdet.testing import tiny_config
 
 CONFIG = EngineConfig(
-    max_batch_size=4, max_tokens_per_step=36, max_model_len=256, num_pages=16, chunk_sizes=(32,)
+    max_batch_size=4,
+    max_tokens_per_step=36,
+    max_model_len=256,
+    num_pages=16,
+    chunk_sizes=(32,),
+    decode_rows=(4,),
 )
 
 
@@ -123,6 +128,7 @@ def test_a_bad_line_has_its_error_and_the_rest_goes_on(
         b'{"prompt": [1], "temperature": -1}': "temperature=-1; allowed",
         b'{"prompt": [1], "temperature": "1"}': "temperature='1'; allowed",
         b'{"prompt": [1], "stream": true}': "a batch has no streams",
+        b'{"prompt": [1], "n": 1000000000}': "n=1000000000; allowed in a batch: 1 to 128",
         b'{"prompt": [999999]}': "outside",
         b'{"prompt": [1], "max_tokens": 300}': "together at most 256",
         b'{"custom_id": 3, "prompt": [1]}': "custom_id=3; allowed: a string",

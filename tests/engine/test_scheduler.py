@@ -252,6 +252,8 @@ def test_numbers_of_rows_that_are_given_are_those_compiled() -> None:
         ({"chunk_rows": (4, 8)}, "chunk_rows=(4, 8); the first must be 1"),
         ({"decode_rows": (1, 8)}, "decode_rows=(1, 8); the last must be max_batch_size=32"),
         ({"decode_rows": ()}, "decode_rows=(); allowed: ascending integers from 1"),
+        ({"chunk_sizes": 64}, "chunk_sizes=64; allowed: ascending integers from 1"),
+        ({"prefix_caching": "no"}, "prefix_caching='no'; allowed: True, False"),
         ({"num_pages": True}, "num_pages=True; allowed: integers from 1"),
     ],
 )

@@ -75,6 +75,12 @@ def test_stream_is_prompt(smollm2):
     assert all(pieces) and rest == ""
 
 
+def test_half_of_a_surrogate_pair_is_refused(smollm2):
+    """JSON may hold one; in a batch it must be the error of its line."""
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        smollm2.encode("a\ud800")
+
+
 def test_gguf(write_gguf, token_tables):
     tokenizer = _tokenizer(write_gguf().path)
     tables = {token: index for index, token in enumerate(token_tables.tokens)}

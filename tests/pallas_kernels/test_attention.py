@@ -277,6 +277,22 @@ def test_prompt_written_into_pages_in_chunks(
         assert_same_bits(out[:, real], whole[:, at[0, real]], f"chunk from {start}")
 
 
+def test_keys_in_the_order_of_their_pages_places_are_other_bits(
+    attend, request_of, paged, implementation, assert_attends
+):
+    """The control of shuffled pages. Plain XLA gathers them too, so places alone move none of its
+    bits; a sum that followed them would: the same keys, walked as they lie."""
+    positions = [[255]]
+    q, k, v = request_of(0, SMOL, 1, 256, jnp.float32)
+    *pages, table = paged(k, v, positions, 16)
+    own, as_they_lie = (
+        attend(implementation, q, *pages, positions, 256, pages_of)
+        for pages_of in (table[:, :16], np.sort(table[:, :16]))
+    )
+    assert_attends(as_they_lie, q, k, v, positions)
+    assert (own != as_they_lie).any()
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [(24, "pages of 24 slots; must be a multiple of 16"), (128, "pages of 128 .* kv_split=64")],
