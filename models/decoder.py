@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jdet.cache import KVCache
 from jdet.decoding import Group
 from jdet.models.config import DecoderConfig
-from jdet.models.moe import Experts
+from jdet.models.moe import ExpertRows, Experts
 from jdet.models.weights import ones, random_weight
 from jdet.ops import Ops
 from jdet.pallas_kernels.gated_matmul import Activation
@@ -51,6 +51,20 @@ class Placed(NamedTuple):
     page_table: Int32[Array, "B N"] | None
     cos: tuple[Float32[Array, "B T half"], ...]  # by rope of the config
     sin: tuple[Float32[Array, "B T half"], ...]
+
+
+def _norm_of_sum(
+    branch: Float[Array, "R D"] | ExpertRows,
+    norm: nnx.Param,
+    residual: Float[Array, "R D"] | None,
+    eps: float,
+    ops: Ops,
+) -> tuple[Float[Array, "R D"], Float[Array, "R D"]]:
+    """(norm of s, s) with s = branch + residual."""
+    if isinstance(branch, ExpertRows):
+        assert residual is not None, "a mixture follows attention, which has left one"
+        return ops.expert_norm(*branch, norm[...], eps=eps, residual=residual)
+    return ops.rms_norm(branch, norm[...], eps=eps, residual=residual)
 
 
 def _split(x: Float[Array, "R D"], groups: tuple[Placed, ...]) -> list[Float[Array, "B T D"]]:
@@ -153,15 +167,13 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        branch: Float[Array, "R D"],
+        branch: Float[Array, "R D"] | ExpertRows,
         residual: Float[Array, "R D"] | None,
         groups: tuple[Placed, ...],
         cache: tuple[Array, Array],
         ops: Ops,
-    ) -> tuple[Float[Array, "R D"], Float[Array, "R D"], tuple[Array, Array]]:
-        x, residual = ops.rms_norm(
-            branch, self.attention_norm[...], eps=self.eps, residual=residual
-        )
+    ) -> tuple[Float[Array, "R D"] | ExpertRows, Float[Array, "R D"], tuple[Array, Array]]:
+        x, residual = _norm_of_sum(branch, self.attention_norm, residual, self.eps, ops)
         branch, cache = self.attention(x, groups, cache, ops)
         branch = self._after(branch, self.attention_post_norm, ops)
         x, residual = ops.rms_norm(branch, self.mlp_norm[...], eps=self.eps, residual=residual)
@@ -169,6 +181,8 @@ class Layer(nnx.Module):
             branch = self.mlp(x, ops)
         elif self.experts is not None:
             real = jnp.concatenate([group.positions.reshape(-1) >= 0 for group in groups])
+            if self.mlp_post_norm is None:
+                return self.experts.rows(x, real, ops), residual, cache
             branch = self.experts(x, real, ops)
         return self._after(branch, self.mlp_post_norm, ops), residual, cache
 
@@ -223,9 +237,7 @@ class Decoder(nnx.Module):
         k, v = list(cache.k), list(cache.v)
         for i, layer in enumerate(self.layers):
             branch, residual, (k[i], v[i]) = layer(branch, residual, placed, (k[i], v[i]), ops)
-        hidden, _ = ops.rms_norm(
-            branch, self.norm[...], eps=self.config.rms_norm_eps, residual=residual
-        )
+        hidden, _ = _norm_of_sum(branch, self.norm, residual, self.config.rms_norm_eps, ops)
         return tuple(_split(hidden, placed)), KVCache(tuple(k), tuple(v))
 
     def _placed(self, group: Group) -> Placed:

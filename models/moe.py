@@ -1,5 +1,7 @@
 """A mixture of experts in an MLP's place."""
 
+from typing import NamedTuple
+
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
@@ -8,6 +10,14 @@ from jaxtyping import Array, Bool, Float
 from jdet.models.config import DecoderConfig
 from jdet.models.weights import random_weight
 from jdet.ops import Ops
+from jdet.pallas_kernels.route import Routing
+
+
+class ExpertRows(NamedTuple):
+    """What experts gave, not yet added: the next norm does that too (`Ops.expert_norm`)."""
+
+    y: Float[Array, "R D"]
+    routing: Routing
 
 
 class Experts(nnx.Module):
@@ -30,9 +40,15 @@ class Experts(nnx.Module):
         self, x: Float[Array, "M D"], routed: Bool[Array, " M"], ops: Ops
     ) -> Float[Array, "M D"]:
         """The experts' sum; zeros where a row is not `routed` (padding reads no weights)."""
+        return ops.expert_sum(*self.rows(x, routed, ops))
+
+    def rows(self, x: Float[Array, "M D"], routed: Bool[Array, " M"], ops: Ops) -> ExpertRows:
+        """The rows that `expert_sum` adds."""
         logits = ops.matmul(x, self.router[...], out_dtype=jnp.float32)
         routing = ops.route(logits, routed, k=self.k, normalise=self.normalise)
         sizes, tiles = routing.sizes, routing.tiles
-        inner = ops.grouped_gated_matmul(x[routing.tokens], self.gate_up[...], sizes, tiles=tiles)
+        inner = ops.grouped_gated_matmul(
+            x, self.gate_up[...], sizes, tokens=routing.tokens, tiles=tiles
+        )
         y = ops.grouped_matmul(inner, self.down[...], sizes, tiles=tiles, k_sharded=True)
-        return ops.expert_sum(y, routing)
+        return ExpertRows(y, routing)

@@ -22,6 +22,7 @@ from typing import Any
 OPS = (
     "attention",
     "embed",
+    "expert_norm",
     "expert_sum",
     "gated_matmul",
     "gelu_mul",

@@ -9,8 +9,11 @@ Checks, on fixed normal inputs, bfloat16:
   empty, one row, 31, 32 and 33, all rows in one, none), gives each row the bits that the dense
   `matmul` or `gated_matmul` gives it with its expert's weights, and zeros after the last group.
   Each call runs twice. The rows of no group and the weights of empty groups hold NaN.
-- leaves: the same in 2 and 8 leaves with float32 results, by the default schedules.
+- leaves: the same in 2 and 8 leaves with float32 results, by the default schedules and in short
+  tiles.
 - default: Qwen3-30B-A3B's experts, 1 to 8192 tokens of 8 of 128 experts.
+- tokens: the gated matmul of the same experts, 1 to 9 and 33 tokens found by `tokens`; a
+  third of them, which hold NaN, is of no expert.
 - oracle: distance to a float64 product.
 
 Then device times (CUPTI, median) of ours, of `lax.ragged_dot` on weights stored [E, K, N] (as it
@@ -47,6 +50,7 @@ GROUPS = (
 )
 EXPERTS, CHOSEN, HIDDEN, INNER = 128, 8, 2048, 768  # Qwen3-30B-A3B
 TOKENS = (1, 8, 32, 64, 256, 8192)
+NAMED = (*range(1, 10), 33)
 
 
 def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> Any:
@@ -135,6 +139,7 @@ def check_groups(report: Report, quick: bool) -> None:
     import numpy as np
 
     from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import schedules
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import SHORT
 
     x, w = normal(0, (R, K)), normal(1, (E, N, K), K**-0.5)
     all_sizes = [jnp.array(sizes, jnp.int32) for sizes in GROUPS]
@@ -145,11 +150,13 @@ def check_groups(report: Report, quick: bool) -> None:
         for s in schedules(out_size=2, gated=gated)
     ]
     if quick:
-        cases = cases[::5]
+        cases = [c for c in cases if c[2].height == SHORT]
     for leaves in (2, 8):
         options = {"leaves": leaves, "out_dtype": jnp.float32}
         k = K // 64 * 64
-        cases.append(("grouped_matmul", f"leaves={leaves} K={k}", None, options))
+        short = next(s for s in schedules(leaves, out_size=4) if s.height == SHORT)
+        for schedule in (None, short):
+            cases.append(("grouped_matmul", f"leaves={leaves} K={k}", schedule, options))
     for op, name, schedule, options in cases:
         xs, ws = (x, w) if not options else (x[:, : K // 64 * 64], w[..., : K // 64 * 64])
         grouped, dense = ours(op, **options)
@@ -199,12 +206,12 @@ def choices(tokens: int, seed: int) -> Any:
     return np.bincount(chosen.reshape(-1), minlength=EXPERTS).astype(np.int32)
 
 
-def check_default(report: Report, weights: dict[str, Any]) -> None:
+def check_default(report: Report, weights: dict[str, Any], counts: tuple[int, ...]) -> None:
     """Section default: real shapes, and a tail of rows of no group."""
     import jax.numpy as jnp
 
     jobs = {}
-    for tokens in TOKENS:
+    for tokens in counts:
         rows = tokens * CHOSEN + 3
         sizes = jnp.asarray(choices(tokens, 0))
         for op, w in weights.items():
@@ -219,6 +226,36 @@ def check_default(report: Report, weights: dict[str, Any]) -> None:
         failed = isinstance(program, Exception)
         wrong = 1 if failed else int(program(*jobs[op, tokens][1]))
         report.check(f"{op} default", f"tokens={tokens} {program if failed else ''}"[:300], wrong)
+
+
+def check_tokens(report: Report, w: Any, counts: tuple[int, ...]) -> None:
+    """Section tokens."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    grouped, dense = ours("grouped_gated_matmul")
+    jobs = {}
+    for m in counts:
+        rng = np.random.default_rng(m)
+        routed = np.flatnonzero(np.arange(m) % 3 != 1)
+        chosen = rng.random((len(routed), EXPERTS)).argpartition(CHOSEN, axis=1)[:, :CHOSEN]
+        expert, token = chosen.reshape(-1), np.repeat(routed, CHOSEN)
+        rest = np.repeat(np.setdiff1d(np.arange(m), routed), CHOSEN)
+        tokens = np.concatenate([token[np.lexsort((token, expert))], rest]).astype(np.int32)
+        sizes = np.bincount(expert, minlength=EXPERTS).astype(np.int32)
+        x = jnp.where((jnp.arange(m) % 3 != 1)[:, None], normal(m, (m, HIDDEN)), jnp.nan)
+
+        def differ(x, w, sizes, tokens):
+            y = grouped(x, w, sizes, tokens=tokens)
+            return jnp.sum(jnp.any(bits(y) != bits(by_expert(dense, x[tokens], w, sizes)), axis=1))
+
+        arguments = x.astype(w.dtype), w, jnp.asarray(sizes), jnp.asarray(tokens)
+        jobs[m] = (differ, arguments)
+    for m, program in compiled(jobs).items():
+        failed = isinstance(program, Exception)
+        wrong = 1 if failed else int(program(*jobs[m][1]))
+        case = f"tokens={m} {program if failed else ''}"[:300]
+        report.check("grouped_gated_matmul tokens", case, wrong)
 
 
 def bundled(x: Any, w: Any, sizes: Any) -> Any:
@@ -292,7 +329,9 @@ def fits(job: Any) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the schedules")
+    parser.add_argument(
+        "--quick", action="store_true", help="of schedules those of short tiles, and fewer sizes"
+    )
     parser.add_argument("--skip-times", action="store_true")
     args = parser.parse_args()
     import timing  # pyright: ignore[reportMissingImports]
@@ -304,8 +343,10 @@ def main() -> None:
         "grouped_gated_matmul": normal(2, (EXPERTS, 2 * INNER, HIDDEN), HIDDEN**-0.5),
         "grouped_matmul": normal(3, (EXPERTS, HIDDEN, INNER), INNER**-0.5),
     }
-    check_default(report, weights)
-    print(f"default: {time.perf_counter() - start:.0f} s", flush=True)
+    check_default(report, weights, TOKENS[:2] if args.quick else TOKENS)
+    named = NAMED[::3] if args.quick else NAMED
+    check_tokens(report, weights["grouped_gated_matmul"], named)
+    print(f"default, tokens: {time.perf_counter() - start:.0f} s", flush=True)
     times = [] if args.skip_times else time_real(weights)
     for row in times:
         fields = (f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())

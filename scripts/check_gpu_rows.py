@@ -1,4 +1,4 @@
-"""Bit-for-bit checks and timings of the Mosaic GPU ops on rows: rms_norm and log_normalizer.
+"""Bit-for-bit checks and timings of the Mosaic GPU ops on rows: the norms and log_normalizer.
 
     python scripts/check_gpu_rows.py --json h100-rows.json
     python scripts/check_gpu_rows.py --skip-times
@@ -10,6 +10,7 @@ Checks, on fixed normal inputs:
 - schedules: every schedule of rms_norm gives the bits of the default one.
 - oracle: distance to float64; the sum with the residual has the bits of numpy's; argmax is
   numpy's.
+- experts: expert_norm gives the bits of rms_norm after `portable`'s expert_sum.
 - edges: NaN, infinities, ties and rows without a finite logit.
 
 Then device times (CUPTI, median) of ours and plain XLA, and the floor: bytes over the measured
@@ -46,6 +47,7 @@ NORM_TIMES = (
     *((576, m, True) for m in (1, 64, 4096)),
     *((128, m, False) for m in (8, 32, 2560, 100_000, 1_000_000)),
 )
+EXPERT_TOKENS = (1, 2, 3, 8, 9, 33, 257, 1000)
 VOCABULARIES = (49152, 151936, 1000)
 BATCHES = (*range(1, 10), 33, 64, 256)
 LOGIT_TIMES = (*((151936, m) for m in (1, 8, 32, 64, 256)), (49152, 1), (49152, 64))
@@ -145,6 +147,42 @@ def check_norm(report: Report, dim: int, largest: int, batches: Any, weights: st
         for schedule in mosaic_gpu.schedules(m, dim):
             y = jax.jit(lambda x, r, s=schedule: both(x, r, s))(x[:m], r[:m])
             report.check_bits(f"{name} schedules", f"M={m} {schedule}", y, [w[:m] for w in whole])
+
+
+def check_experts(report: Report, dim: int) -> None:
+    """expert_norm of one width, 8 experts a token, in bfloat16 and float32."""
+    import jax
+    import numpy as np
+
+    import jdet
+    from jdet.pallas_kernels.expert_norm import mosaic_gpu
+    from jdet.pallas_kernels.expert_sum import portable
+    from jdet.pallas_kernels.rms_norm.mosaic_gpu import rms_norm
+
+    @jdet.jit
+    def apart(y, weights, places, weight, residual):
+        total = portable.expert_sum(y, weights, places)
+        return rms_norm(total, weight, eps=EPS, residual=residual)
+
+    @jdet.jit
+    def whole(*arguments):
+        return mosaic_gpu.expert_norm(*arguments, eps=EPS)
+
+    name = f"expert_norm D={dim}"
+    for dtype in ("bfloat16", "float32"):
+        for m in EXPERT_TOKENS:
+            rng = np.random.default_rng([dim, m])
+            y, residual, weight = (
+                rng.standard_normal(shape, np.float32).astype(jax.numpy.dtype(dtype))
+                for shape in ((8 * m, dim), (m, dim), (dim,))
+            )
+            y[::31] = np.nan
+            y[5::31, ::3] *= 0
+            places = rng.permutation(8 * m).astype(np.int32).reshape(m, 8)
+            given = y, rng.random((m, 8), np.float32), places, weight, residual
+            want = apart(*given)
+            report.check_bits(f"{name} experts", f"M={m} {dtype}", whole(*given), want)
+    report.hash(name, want)
 
 
 def check_logits(report: Report, vocabulary: int) -> None:
@@ -264,6 +302,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--skip-times", action="store_true")
     parser.add_argument("--skip-bits", action="store_true")
+    parser.add_argument("--experts", action="store_true", help="the section experts alone")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import timing  # pyright: ignore[reportMissingImports]
@@ -271,6 +310,10 @@ def main() -> None:
     start = time.perf_counter()
     report = Report()
     if not args.skip_bits:
+        for dim in (2048, 4096, 1032):
+            check_experts(report, dim)
+        print(f"expert_norm: {time.perf_counter() - start:.0f} s", flush=True)
+    if not args.skip_bits and not args.experts:
         for norm in NORMS:
             check_norm(report, *norm)
             print(f"rms_norm D={norm[0]}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -212,8 +212,8 @@ def test_env_on_a_tpu_names_generation_contract_and_kernels(generation, run, mon
     assert report["mode"] == {
         "implementation": "mosaic_tpu",
         "kernels": [
-            *("attention", "gated_matmul", "grouped_gated_matmul", "grouped_matmul"),
-            *("log_normalizer", "matmul", "qkv_heads", "rms_norm"),
+            *("attention", "expert_norm", "gated_matmul", "grouped_gated_matmul"),
+            *("grouped_matmul", "log_normalizer", "matmul", "qkv_heads", "rms_norm"),
         ],
         "batch_invariant": True,
     }
@@ -221,7 +221,7 @@ def test_env_on_a_tpu_names_generation_contract_and_kernels(generation, run, mon
     assert report["compiler_options"] == {"xla_allow_excess_precision": False}
     text = run("env").out
     assert generation.name in text and report["fingerprint"] in text
-    assert "kernels              attention, gated_matmul" in text
+    assert "kernels              attention, expert_norm" in text
     assert "no TPU has run them yet" in text
 
 

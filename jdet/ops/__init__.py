@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jdet.contract import Contract
 from jdet.ops.checks import (
     check_attention,
+    check_expert_norm,
     check_expert_sum,
     check_gated_matmul,
     check_grouped_gated_matmul,
@@ -38,6 +39,7 @@ from jdet.pallas_kernels.route import Routing
 # Each op is a jit of its own: a model of 36 layers traces and lowers a shape once.
 _STATIC = {
     "embed": ("scale",),
+    "expert_norm": ("eps",),
     "gated_matmul": ("activation",),
     "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),
@@ -194,15 +196,21 @@ class Ops:
 
     def grouped_gated_matmul(
         self,
-        x: Float[Array, "R K"],
+        x: Float[Array, "M K"],
         w: Float[Array, "E two_f K"],
         sizes: Int32[Array, " E"],
         *,
+        tokens: Int32[Array, " R"] | None = None,
         tiles: Int32[Array, "T 3"] | None = None,
     ) -> Float[Array, "R f"]:
-        """`gated_matmul` of each row and its group's weights, groups as in `grouped_matmul`."""
-        check_grouped_gated_matmul(x, w, sizes)
-        return _op("grouped_gated_matmul", self.implementation)(x, w, sizes, **_planned(tiles))
+        """`gated_matmul` of each row and its group's weights, groups as in `grouped_matmul`.
+
+        With the `tokens` of a `Routing`, row r is x[tokens[r]].
+        """
+        check_grouped_gated_matmul(x, w, sizes, tokens)
+        return _op("grouped_gated_matmul", self.implementation)(
+            x, w, sizes, tokens=tokens, **_planned(tiles)
+        )
 
     def expert_sum(self, y: Float[Array, "R D"], routing: Routing) -> Float[Array, "M D"]:
         """What the experts of each token gave (rows as `routing` has them), weighted and added.
@@ -212,6 +220,22 @@ class Ops:
         """
         check_expert_sum(y, routing)
         return _op("expert_sum", self.implementation)(y, routing.weights, routing.places)
+
+    def expert_norm(
+        self,
+        y: Float[Array, "R D"],
+        routing: Routing,
+        weight: Float[Array, " D"],
+        *,
+        eps: float,
+        residual: Float[Array, "M D"],
+    ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+        """(norm of s, s) with s = `expert_sum` + residual: the bits of `rms_norm` after it."""
+        check_expert_norm(y, routing, weight, residual)
+        weights, places = routing.weights, routing.places
+        return _op("expert_norm", self.implementation)(
+            y, weights, places, weight, residual, eps=eps
+        )
 
     def rms_norm(
         self,

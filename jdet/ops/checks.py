@@ -55,9 +55,13 @@ def check_grouped_matmul(x: Array, w: Array, sizes: Array, leaves: int) -> None:
         raise ValueError(f"grouped_matmul: K={w.shape[2]} cannot be cut into {leaves} equal leaves")
 
 
-def check_grouped_gated_matmul(x: Array, w: Array, sizes: Array) -> None:
-    """Raise ValueError unless x[R, K], w[E, 2 F, K] and sizes[E] fit."""
+def check_grouped_gated_matmul(
+    x: Array, w: Array, sizes: Array, tokens: Array | None = None
+) -> None:
+    """Raise ValueError unless x[R, K], or x[M, K] and tokens[R], w[E, 2 F, K] and sizes[E] fit."""
     _check_groups("grouped_gated_matmul", x, w, sizes, "2 F")
+    if tokens is not None and (tokens.ndim != 1 or tokens.dtype != jnp.int32):
+        raise ValueError(f"grouped_gated_matmul: tokens {tokens.dtype}{tokens.shape}; int32[R]")
     if w.shape[1] % 2:
         raise ValueError(f"grouped_gated_matmul: w {w.shape}; must be [E, 2 F, K]")
 
@@ -79,6 +83,18 @@ def check_expert_sum(y: Array, routing: Routing) -> None:
     """Raise ValueError unless y has a row for each of the routing's."""
     if y.ndim != 2 or y.shape[:1] != routing.tokens.shape:
         raise ValueError(f"expert_sum: y {y.shape}; must be [R={routing.tokens.shape[0]}, D]")
+
+
+def check_expert_norm(y: Array, routing: Routing, weight: Array, residual: Array) -> None:
+    """Raise ValueError unless y has a row for each of the routing's, residual one a token."""
+    if y.ndim != 2 or y.shape[:1] != routing.tokens.shape:
+        raise ValueError(f"expert_norm: y {y.shape}; must be [R={routing.tokens.shape[0]}, D]")
+    shape = (routing.places.shape[0], y.shape[1])
+    if weight.shape != shape[1:] or (residual.shape, residual.dtype) != (shape, y.dtype):
+        raise ValueError(
+            f"expert_norm: weight {weight.shape} and residual {residual.dtype}{residual.shape};"
+            f" must be {shape[1:]} and {y.dtype}{shape}"
+        )
 
 
 def check_rms_norm(x: Array, weight: Array, residual: Array | None) -> None:

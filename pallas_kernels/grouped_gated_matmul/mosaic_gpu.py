@@ -20,11 +20,23 @@ def grouped_gated_matmul(
     sizes: jax.Array,
     *,
     tiles: jax.Array | None = None,
+    tokens: jax.Array | None = None,
     schedule: GroupedSchedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """y[R, F] = silu(x[r] @ gate^T) * (x[r] @ up^T), w[e] of row r's group being gate above up.
 
-    Args and errors as for `grouped_matmul`; w is [E, 2 F, K], and a schedule a gated one.
+    Args and errors as for `grouped_matmul`; w is [E, 2 F, K], and a schedule a gated one. With
+    tokens, int32 [R], row r is x[tokens[r]], x being [M, K], and no group has a token twice: up to
+    8 tokens are read where they stand, more are gathered by XLA.
     """
-    return grouped(x, w, sizes, tiles=tiles, gate=silu_mul, schedule=schedule, interpret=interpret)
+    return grouped(
+        x,
+        w,
+        sizes,
+        tiles=tiles,
+        tokens=tokens,
+        gate=silu_mul,
+        schedule=schedule,
+        interpret=interpret,
+    )

@@ -18,11 +18,14 @@ def grouped_gated_matmul(
     w: jax.Array,
     sizes: jax.Array,
     *,
+    tokens: jax.Array | None = None,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """y[R, F] = silu(x[r] @ gate^T) * (x[r] @ up^T), w[e] of row r's group being gate above up.
 
-    Args and errors as for `grouped_matmul`; w is [E, 2 F, K].
+    Args and errors as for `grouped_matmul`; w is [E, 2 F, K]. With tokens, int32 [R], row r is
+    x[tokens[r]].
     """
+    x = x if tokens is None else x[tokens]
     return grouped(x, w, sizes, gate=silu_mul, schedule=schedule, interpret=interpret)

@@ -7,7 +7,11 @@ from jdet.pallas_kernels.silu_mul.portable import silu_mul
 
 
 def grouped_gated_matmul(
-    x: Float[Array, "R K"], w: Float[Array, "E two_f K"], sizes: Int32[Array, " E"]
+    x: Float[Array, "M K"],
+    w: Float[Array, "E two_f K"],
+    sizes: Int32[Array, " E"],
+    *,
+    tokens: Int32[Array, " R"] | None = None,
 ) -> Float[Array, "R f"]:
     """See `reference.grouped_gated_matmul`."""
-    return silu_mul(grouped_matmul(x, w, sizes))
+    return silu_mul(grouped_matmul(x if tokens is None else x[tokens], w, sizes))

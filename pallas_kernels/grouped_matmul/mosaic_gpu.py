@@ -15,9 +15,14 @@ N) as there are, N first, so that an expert's tiles run side by side and share x
 expert without rows is never read. A tile may begin at any row: the copy engine takes any first row
 of x, and fetches rows of the next group too, whose results nobody stores. They must not be stored,
 for another block writes those rows: results leave in copies of 64, 32, ..., 1 rows, those that make
-up the count. Tiles after the last group store zeros, and read nothing.
+up the count. Short tiles, of 8 rows, leave from registers instead. Tiles after the last group store
+zeros, and read nothing.
 
-y has a multiple of a copy's columns (64 of 16 bits, or fewer), and is cut by XLA where N is none.
+With `tokens` the rows of x are not gathered where short tiles hold all of it: each tile reads every
+token, which the tensor core multiplies at no cost, and stores the rows of its group.
+
+y has a multiple of a copy's columns (64 of 16 bits, or fewer; 8 of short tiles), and is cut by XLA
+where N is none.
 
 Sources: as for `matmul`; the ladder of copies is that of JAX's Hopper ragged dot
 (jax/experimental/pallas/ops/gpu/ragged_dot_mgpu.py).
@@ -80,18 +85,20 @@ def plan(sizes: jax.Array, rows: int, height: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "interpret"))
-def _grouped(x, w, sizes, tiles, *, leaves, out_dtype, s, gate, interpret):
-    (rows, k), (experts, n, _) = x.shape, w.shape
+def _grouped(x, w, sizes, tiles, tokens, *, leaves, out_dtype, s, gate, interpret):
+    k, (experts, n, _) = x.shape[1], w.shape
+    rows = x.shape[0] if tokens is None else tokens.shape[0]
     if tiles is None or tiles.shape[0] != 1 + plan_size(rows, experts, s.height):
         tiles = plan(sizes, rows, s.height)
     if gate is not None:
         n //= 2
         w = w.reshape(experts, 2, n, k)
     if leaves > 1:
-        x = x.reshape(rows, leaves, k // leaves)
+        x = x.reshape(-1, leaves, k // leaves)
         w = w.reshape(experts, n, leaves, k // leaves)
-    _, columns = s.tile.stage_tile(out_dtype.itemsize)
-    wide = pl.cdiv(n, columns) * columns  # a copy of results may not reach beyond y
+    # No copy of results may reach beyond y, nor may pairs of columns.
+    columns = 8 if s.short else s.tile.stage_tile(out_dtype.itemsize)[1]
+    wide = pl.cdiv(n, columns) * columns
     most = (tiles.shape[0] - 1) * pl.cdiv(wide, s.tile.out_cols)
     y = plgpu.kernel(
         functools.partial(
@@ -105,7 +112,7 @@ def _grouped(x, w, sizes, tiles, *, leaves, out_dtype, s, gate, interpret):
         kernel_name="jdet_grouped_matmul" if gate is None else "jdet_grouped_gated_matmul",
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or None,
-    )(x, w, tiles)
+    )(x, w, tiles, *(() if tokens is None else (tokens,)))
     return y[:, :n] if wide > n else y
 
 
@@ -115,6 +122,7 @@ def grouped(
     sizes: jax.Array,
     *,
     tiles: jax.Array | None = None,
+    tokens: jax.Array | None = None,
     leaves: int = 1,
     out_dtype: DTypeLike | None = None,
     gate: Gate | None = None,
@@ -123,6 +131,8 @@ def grouped(
 ) -> jax.Array:
     """`grouped_matmul`; with a gate, of w [E, 2 F, K], each expert's product is `matmul_gated`'s.
 
+    With tokens [R], row r is x[tokens[r]], and the rows of a group are of different tokens.
+
     Raises:
       ValueError: shapes or dtypes that do not go together.
       NotImplementedError: this backend cannot compute them; the message says which part.
@@ -130,7 +140,8 @@ def grouped(
     if w.ndim != 3 or sizes.shape != w.shape[:1]:
         raise ValueError(f"w must be [E, N, K] and sizes [E], got {w.shape} and {sizes.shape}")
     check_operands(x, w[0], leaves)
-    (rows, _), (experts, n, _) = x.shape, w.shape
+    rows = x.shape[0] if tokens is None else tokens.shape[0]
+    experts, n, _ = w.shape
     if gate is not None and n % 2:
         raise ValueError(f"w must be [E, 2 F, K], gate above up, got {w.shape}")
     out = check_result(x, out_dtype)
@@ -142,8 +153,19 @@ def grouped(
         raise ValueError(f"{s} is {'a' if s.tile.gated else 'no'} gated schedule")
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
+    if tokens is not None and not (s.short and x.shape[0] <= s.height):
+        x, tokens = x[tokens], None
     return _grouped(
-        x, w, sizes, tiles, leaves=leaves, out_dtype=out, s=s, gate=gate, interpret=interpret
+        x,
+        w,
+        sizes,
+        tiles,
+        tokens,
+        leaves=leaves,
+        out_dtype=out,
+        s=s,
+        gate=gate,
+        interpret=interpret,
     )
 
 

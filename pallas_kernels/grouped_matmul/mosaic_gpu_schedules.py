@@ -6,8 +6,9 @@ scripts/check_gpu_grouped.py.
 """
 
 import dataclasses
+import math
 
-from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import Schedule, deepest
+from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import SHORT, Schedule, deepest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,16 @@ class GroupedSchedule:
         """Whether there is room, and any number of rows can leave shared memory.
 
         Copies start at addresses of 128 bytes. The last, of one row, follows an even number of
-        rows: these have 64 bytes at least.
+        rows: these have 64 bytes at least. Short tiles leave from registers.
         """
         columns = self.tile.stage_tile(out_size)[1]
-        return self.tile.fits(leaves, out_size) and columns * out_size >= 64
+        copied = self.short or columns * out_size >= 64
+        return self.tile.fits(leaves, out_size) and copied
+
+    @property
+    def short(self) -> bool:
+        """Whether results leave from registers, and rows of x may be named by `tokens`."""
+        return self.height == SHORT
 
     def __str__(self) -> str:
         return f"{self.tile}-h{self.height}"
@@ -52,6 +59,7 @@ _LARGE = (
 )
 _HEIGHTS = (8, 16, 32, 64)
 _RESIDENT = 132
+_TILE_END = 4  # in rows of w
 
 
 def _gated(s: Schedule, gated: bool) -> Schedule:
@@ -87,24 +95,28 @@ def default_schedule(
 ) -> GroupedSchedule:
     """The schedule for R rows over E experts, n rows of w each. Speed only.
 
-    Up to 64 rows in a group of average size, tiles are 64 rows high and of them as many are read
-    as twice the average; a tile costs the rows of w and x that it streams, the first of equals
-    being the widest. Above, what the tensor cores take.
+    As many experts are read as if each row drew one at random. Up to 64 rows in a group of average
+    size, tiles are 64 rows high and of them as many are read as twice the average; a tile costs
+    the rows of w and x that it streams and its end, and half of one is waited for at last (chosen
+    by scripts/bench/results/h200-short-tiles.json). Above, whole waves of tiles cost what the
+    tensor cores take.
 
     Raises:
       NotImplementedError: no schedule has registers for so many leaves.
     """
-    touched = min(rows, experts)
-    average = -(-rows // touched)
+    touched = experts * (1 - (1 - 1 / experts) ** rows)
+    average = -(-rows // min(rows, experts))
     few, height = average <= 64, tile_height(rows, experts)
     large = {_gated(s, gated): cost for s, cost in _LARGE if s.can_gate or not gated}
     costs = {}
     for choice in schedules(leaves, out_size, gated):
         s = choice.tile
         if choice.height == height and (s not in large) == few:
-            tiles = touched * -(-average // height) * -(-n // s.bn)
-            of_tile = s.bn + height if few else large[s]
-            costs[choice] = -(-tiles // _RESIDENT) * of_tile
+            waves = touched * -(-average // height) * -(-n // s.bn) / _RESIDENT
+            if few:
+                costs[choice] = (max(waves, 1.0) + 0.5) * (s.bn + height + _TILE_END)
+            else:
+                costs[choice] = math.ceil(waves) * large[s]
     if not costs:
         for choice in schedules(leaves, out_size, gated):
             costs[choice] = abs(choice.height - height)

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
 
 from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
     CHUNK,
     PRODUCER_REGISTERS,
+    SHORT,
     Schedule,
 )
 
@@ -83,6 +87,47 @@ def _put_rows(src: Any, dst: Any, row: jax.Array, col: jax.Array, count: jax.Arr
         size //= 2
 
 
+def _put_pairs(value: jax.Array, dst: Any, to: jax.Array, col: jax.Array, interpret: bool) -> None:
+    """Stores row i of `value` at (to[i], col) of `dst`, where to[i] is no less than 0.
+
+    For at most 8 rows, of which it stores from registers: an instruction takes a pair of
+    neighbours of each, and there is no copy engine to wait for. `dst` has a multiple of 8 columns;
+    what lies outside is dropped.
+    """
+    width, size = dst.shape[1], jnp.dtype(dst.dtype).itemsize
+    if interpret:
+        for i in range(8):
+            for c in range(0, value.shape[1], 8):
+
+                @pl.when((to[i] >= 0) & (col + c < width))
+                def _(i=i, c=c):
+                    dst[to[i], pl.ds(col + c, 8)] = value[i, c : c + 8]
+
+        return
+    layout = plgpu.Layout.WGMMA
+    columns = col + plgpu.broadcasted_iota(jnp.int32, value.shape, 1, layout=layout)
+    to = lax.broadcast_in_dim(to, value.shape, (0,))
+    at = jnp.where((to >= 0) & (columns < width), to * width + columns, -1)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
+    def put(ctx, *operands):
+        del ctx
+        dst, value, at = operands
+        base, word = mgpu_utils.memref_ptr(dst), ir.IntegerType.get_signless(16 * size)
+        code = (
+            "{ .reg .pred p; .reg .b64 a; setp.ge.s32 p, $1, 0;"
+            f" mad.wide.s32 a, $1, {size}, $0; @p st.global.b{16 * size} [a], $2; }}"
+        )
+        # Registers of rows 0 to 7 of a warp's 16 and of rows 8 to 15 take turns.
+        pairs = zip(value.registers.flat[::2], at.registers.flat[::2], strict=True)
+        for pair, index in pairs:
+            first = vector.extract(index, dynamic_position=[], static_position=[0])
+            pair = mgpu_utils.bitcast(pair, word)
+            mgpu_utils.inline_ptx(code, base, first, pair, has_side_effects=True)
+
+    put(dst, value, at)
+
+
 def _balanced(leaf_sum: Any, first: jax.Array, leaves: int, shape: tuple[int, int]) -> jax.Array:
     """Leaves first .. first + leaves - 1, added in a balanced binary tree of neighbours.
 
@@ -118,12 +163,16 @@ def kernel(
     w is [N, K], or [K, N] if not `k_last`: then it stands in shared memory as it lies, in squares
     of `CHUNK` by `CHUNK`, and wgmma reads those transposed.
 
-    Grouped, with `height`: refs are x, w [E, ...], plan, y. Tiles of at most `height` rows of x
-    stand in the plan, `grouped_matmul.mosaic_gpu.plan`: they may begin at any row, belong to one
-    expert each, and store no row beyond their count. Those after the last group store zeros.
+    Grouped, with `height`: refs are x, w [E, ...], plan, tokens if not every row has an x of its
+    own, y. Tiles of at most `height` rows of x stand in the plan, `grouped_matmul.mosaic_gpu.plan`:
+    they may begin at any row, belong to one expert each, and store no row beyond their count. Those
+    after the last group store zeros. With tokens a tile takes all of x, which has no more rows than
+    the tile, and stores the rows of its group, each from the place of its token.
     """
     x_g, w_g, *bias_g, y_g = refs
-    plan_g = bias_g.pop() if height else None
+    tokens_g = bias_g.pop() if height and len(bias_g) == 2 else None
+    plan_g: Any = bias_g.pop() if height else None
+    short = height == SHORT
     *batch, m, n = y_g.shape
     out_dtype, out_size = y_g.dtype, jnp.dtype(y_g.dtype).itemsize
     chunks = s.bk // CHUNK
@@ -151,7 +200,7 @@ def kernel(
             plgpu.ClusterBarrier, collective_axes=shared, num_barriers=s.stages
         )
 
-    def scope(x_s, w_s, y_s, full, empty):
+    def scope(x_s, w_s, full, empty, y_s: Any = None):
         (x_in, x_mma), (w_in, w_mma) = ((b, b) if interpret else b for b in (x_s, w_s))
         y_out, y_reg = (y_s, y_s) if interpret or plan_g is not None else y_s
         wg = lax.axis_index("wg")
@@ -194,7 +243,7 @@ def kernel(
 
             def load(src, dst, size, side, axis, matrices=1, squares=0):
                 def tile(t, _):
-                    row = tile_origin(t)[side]
+                    row = 0 if side == 0 and tokens_g is not None else tile_origin(t)[side]
                     lead = entry(t)
                     if side == 1 and plan_g is not None:
                         lead = (plan_g[planned(t)[0], 2],)
@@ -284,7 +333,15 @@ def kernel(
             if s.wgs > 1:
                 plgpu.set_max_registers(s.consumer_registers, action="increase")
 
-            def tile(t, _):
+            def tile(t, group):
+                if short:
+                    # Read long before they are used: the loads do not hold up the products.
+                    first, count = group
+                    tokens = []
+                    if tokens_g is not None:
+                        tokens = [tokens_g[lax.min(first + i, m - 1)] for i in range(SHORT)]
+                    following = group_of(lax.min(t + 1, local_tiles - 1))
+
                 def leaf_sum(leaf):
                     begin = t * steps + leaf * leaf_steps
 
@@ -307,17 +364,46 @@ def kernel(
                     plgpu.barrier_arrive(empty.at[lax.rem(begin + leaf_steps - 1, s.stages)])
                     return value
 
-                store(t, _balanced(leaf_sum, jnp.int32(0), leaves, (rows, cols)))
+                value = _balanced(leaf_sum, jnp.int32(0), leaves, (rows, cols))
+                if not short:
+                    return store(t, value)
+                store_short(t, value, first, count, tokens)
+                return following
 
-            lax.fori_loop(0, local_tiles, tile, None)
+            lax.fori_loop(0, local_tiles, tile, group_of(0) if short else None)
             if plan_g is not None:
                 zeros = jnp.full((rows, cols), 0, jnp.float32)
 
                 def rest(t, _):
-                    store(t, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+                    value = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                    if short:
+                        store_short(t, value, *group_of(t), [])
+                    else:
+                        store(t, value)
 
                 lax.fori_loop(local_tiles, local(plan_g[0, 1]), rest, None)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if not short:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def group_of(t):
+            """Of a tile: its first row of y, and how many it has."""
+            at, _ = planned(t)
+            return plan_g[at, 0], plan_g[at, 1]
+
+        def store_short(t, value, first, count, tokens):
+            """Rows of a tile in their order, or those of its tokens."""
+            row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+            if s.split == "m":
+                row += wg * rows
+            to = jnp.full_like(row, -1) if tokens else jnp.where(row < count, first + row, -1)
+            for i, token in enumerate(tokens):
+                to = jnp.where(row == jnp.where(i < count, token, -1), first + i, to)
+            value = value.astype(out_dtype)
+            if gate is not None:
+                parts = value[:, :out_cols], value[:, cols - out_cols :]
+                value = gate(*parts, plgpu.Layout.WGMMA, interpret)
+            n0 = planned(t)[1] + (wg * cols if s.split == "n" else 0)
+            _put_pairs(value, y_g, to, n0, interpret)
 
         def store(t, value):
             m0, n0 = tile_origin(t)
@@ -360,17 +446,24 @@ def kernel(
 
         lax.cond(wg == s.wgs, produce, consume)
 
+    staged = (
+        {}
+        if short
+        else {
+            "y_s": (_two_views if plan_g is None else _rows_view)(
+                (s.wgs, slots, put_rows, put_cols), out_dtype, interpret
+            )
+        }
+    )
     pl.run_scoped(
         scope,
+        **staged,
         x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
         w_s=_two_views(
             (s.stages, chunks, *((s.bn,) if k_last else (squares, CHUNK)), CHUNK),
             x_g.dtype,
             interpret,
         ),
-        y_s=_two_views((s.wgs, slots, put_rows, put_cols), out_dtype, interpret)
-        if plan_g is None
-        else _rows_view((s.wgs, slots, put_rows, put_cols), out_dtype, interpret),
         full=barrier(num_arrivals=(1 + (squares or matrices)) * chunks),
         empty=empty_barrier(num_arrivals=s.wgs),
         collective_axes="wg",

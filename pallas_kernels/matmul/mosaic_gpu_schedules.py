@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 # SMs always fit; of 33 clusters of 4 some wait, since a cluster may not span two GPCs. Speed only.
 _RESIDENT = {1: 132, 2: 66, 4: 30}
 CHUNK = 64  # 16-bit elements in one 128-byte swizzle row: the unit of K
+SHORT = 8  # rows of a grouped tile that leaves from registers
 PRODUCER_REGISTERS = 40
 _SMEM_BYTES = 232_448  # per block on sm_90
 _SPARE_REGISTERS = 40  # addresses, descriptors, loop state beside the accumulators

@@ -127,13 +127,42 @@ def default_schedule(m: int, dim: int) -> Schedule:
     return busy[-1] if busy else others[0]
 
 
+def _experts_added(
+    y_g: Any, weights_g: Any, places_g: Any, row: jax.Array, layout: Any, interpret: bool
+) -> jax.Array:
+    """A row of `expert_sum`, [1, D]."""
+    k = places_g.shape[1]
+    places = [places_g[row, j] for j in range(k)]
+    weights = [weights_g[row, j].astype(y_g.dtype).astype(jnp.float32) for j in range(k)]
+    ys = [plgpu.load(y_g.at[pl.ds(at, 1)], layout=layout, optimized=False) for at in places]
+    products = []
+    for y, weight in zip(ys, weights, strict=True):
+        spread = plgpu.layout_cast(jnp.full(y.shape, weight), layout)
+        product = exact("mul.rn.f32", layout, interpret, y.astype(jnp.float32), spread)
+        products.append(product.astype(y.dtype).astype(jnp.float32))
+    return functools.reduce(jnp.add, products).astype(y_g.dtype)
+
+
 def _kernel(
-    *refs: Any, dim: int, eps: float, residual: bool, s: Schedule, shape: RowShape, interpret: bool
+    *refs: Any,
+    dim: int,
+    eps: float,
+    residual: bool,
+    experts: bool,
+    s: Schedule,
+    shape: RowShape,
+    interpret: bool,
 ) -> None:
-    """refs are x, weight, y, and with a residual that and s."""
-    x_g, weight_g, y_g = refs[0], refs[1 + residual], refs[2 + residual]
+    """refs are x, weight, y, and with a residual that and s.
+
+    With experts x are the rows of experts, and their weights and places follow it.
+    """
+    x_g, *others = refs
+    weights_g, places_g = (others.pop(0), others.pop(0)) if experts else (None, None)
+    other_g = others.pop(0) if residual else None
+    weight_g, y_g, *s_g = others
     layout = shape.layout(s.rows)
-    m, width = x_g.shape
+    m, width = y_g.shape
     begin = lax.axis_index("block") * (s.rows * s.tiles)
     windows = [pl.ds(lax.min(begin + t * s.rows, m - s.rows), s.rows) for t in range(s.tiles)]
 
@@ -143,14 +172,17 @@ def _kernel(
     def square(v):
         return exact("mul.rn.f32", layout, interpret, v, v)
 
-    xs = read(x_g)
-    added = read(refs[1]) if residual else [None] * s.tiles
+    if experts:
+        xs = [_experts_added(x_g, weights_g, places_g, begin, layout, interpret)]
+    else:
+        xs = read(x_g)
+    added = read(other_g) if residual else [None] * s.tiles
     weight = plgpu.load(weight_g, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
     weight = lax.broadcast_in_dim(weight, (s.rows, width), (1,))
     for window, x, other in zip(windows, xs, added, strict=True):
         if other is not None:
             x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(x.dtype)
-            refs[4].at[window][...] = x
+            s_g[0].at[window][...] = x
         v = x.astype(jnp.float32)
         # Spread over the row before the mean: Mosaic cannot name instructions on one value.
         total = lax.broadcast_in_dim(jnp.sum(square(v), axis=1), (s.rows, width), (0,))
@@ -160,8 +192,8 @@ def _kernel(
 
 # Behind its own jit, so that a model lowers each shape once and not once a layer.
 @functools.partial(jax.jit, static_argnames=("eps", "s", "interpret"))
-def _rms_norm(x, weight, residual, *, eps, s, interpret):
-    m, dim = x.shape
+def _rms_norm(x, weight, residual, experts, *, eps, s, interpret):
+    m, dim = x.shape if residual is None else residual.shape
     shape, width = shape_of(dim)
 
     def widen(v):
@@ -170,12 +202,14 @@ def _rms_norm(x, weight, residual, *, eps, s, interpret):
     rows = (x,) if residual is None else (x, residual)
     out = jax.ShapeDtypeStruct((m, width), x.dtype)
     args = [widen(v) for v in (*rows, weight)]
+    args[1:1] = experts or ()
     results = plgpu.kernel(
         functools.partial(
             _kernel,
             dim=dim,
             eps=eps,
             residual=residual is not None,
+            experts=experts is not None,
             s=s,
             shape=shape,
             interpret=bool(interpret),
@@ -198,6 +232,7 @@ def rms_norm(
     *,
     eps: float,
     residual: jax.Array | None = None,
+    experts: tuple[jax.Array, jax.Array] | None = None,
     schedule: Schedule | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -207,6 +242,7 @@ def rms_norm(
       x: [..., D], bfloat16, float16 or float32.
       weight: [D], of x's dtype or float32.
       residual: as x, or None: then s is x.
+      experts: the weights and places of `expert_norm`, whose y is x, [R, D]; residual is [M, D].
       schedule: how to walk the rows; by their number unless given. Never changes the result.
       interpret: private hook of the tests, `plgpu.InterpretGPUParams()` to run on a CPU.
 
@@ -226,7 +262,11 @@ def rms_norm(
     flat = x.reshape(-1, dim)
     if not flat.shape[0]:
         return x, x
-    other = None if residual is None else residual.reshape(flat.shape)
-    schedule = schedule or default_schedule(flat.shape[0], dim)
-    y, s = _rms_norm(flat, weight, other, eps=eps, s=schedule, interpret=interpret)
-    return y.reshape(x.shape), s.reshape(x.shape)
+    other = None if residual is None else residual.reshape(-1, dim)
+    if experts is None:
+        schedule = schedule or default_schedule(flat.shape[0], dim)
+    else:
+        schedule = schedules(1, dim)[0]
+    y, s = _rms_norm(flat, weight, other, experts, eps=eps, s=schedule, interpret=interpret)
+    shape = x.shape if experts is None else y.shape
+    return y.reshape(shape), s.reshape(shape)

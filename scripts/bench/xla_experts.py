@@ -37,8 +37,10 @@ class ExpertOps(CudnnOps):
         y = jnp.einsum("etk,enk->etn", of_expert, w, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)[expert, number - starts[expert]]
 
-    def grouped_gated_matmul(self, x: Array, w: Array, sizes: Array, **options: Any) -> Array:
-        gate, up = jnp.split(self.grouped_matmul(x, w, sizes), 2, axis=1)
+    def grouped_gated_matmul(
+        self, x: Array, w: Array, sizes: Array, *, tokens: Array, **options: Any
+    ) -> Array:
+        gate, up = jnp.split(self.grouped_matmul(x[tokens], w, sizes), 2, axis=1)
         return jax.nn.silu(gate) * up
 
     experts_per_token: ClassVar[int] = 8  # of Qwen3's mixtures

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from jdet.pallas_kernels.attention import mosaic_gpu
+from jdet.pallas_kernels.expert_norm.mosaic_gpu import expert_norm
 from jdet.pallas_kernels.grouped_gated_matmul.mosaic_gpu import grouped_gated_matmul
 from jdet.pallas_kernels.grouped_matmul.mosaic_gpu import grouped_matmul
 from jdet.pallas_kernels.log_normalizer.mosaic_gpu import log_normalizer
@@ -63,6 +64,18 @@ def test_rms_norm(kernels, dim, wide, residual):
         # That of the mean and eps. Squares are rounded before they are added.
         assert opcodes["fma.rn.f32"] == schedule.tiles, schedule
         assert opcodes["mul.rn.f32"] > 0
+
+
+def test_expert_norm(kernels):
+    """Qwen3-30B-A3B's: products of experts are rounded before they are added."""
+    bfloat16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    weights, places = (jax.ShapeDtypeStruct((9, 8), t) for t in (jnp.float32, jnp.int32))
+    norm = functools.partial(expert_norm, eps=1e-6)
+    given = bfloat16((72, 2048)), weights, places, bfloat16((2048,)), bfloat16((9, 2048))
+    [(opcodes, spilled)] = kernels(norm, *given).values()
+    # Of a thread's 16 elements: the products, the squares, and those of the norm.
+    assert spilled == 0 and opcodes["fma.rn.f32"] == 1
+    assert opcodes["mul.rn.f32"] >= 16 * 8 + 16
 
 
 @pytest.mark.parametrize("vocabulary", [49152, 50257, 151936])

@@ -58,6 +58,7 @@ WRONG_GROUPED_MATMUL = {
 WRONG_GROUPED_GATED_MATMUL = {
     "other K": ((zeros(5, 8), zeros(3, 2, 4), SIZES), r"x \(5, 8\).*\[E, 2 F, K\]"),
     "no second half": ((zeros(5, 8), zeros(3, 3, 8), SIZES), r"w \(3, 3, 8\); must be \[E, 2 F"),
+    "tokens": ((zeros(5, 8), zeros(3, 2, 8), SIZES, zeros(9)), r"tokens float32\(9,\); int32\[R\]"),
 }
 EVERY = zeros(5, dtype=bool)
 WRONG_ROUTE = {
@@ -73,6 +74,14 @@ ROUTING = Routing(
     SIZES,
 )
 WRONG_EXPERT_SUM = {"rows": ((zeros(5, 8), ROUTING), r"y \(5, 8\); must be \[R=10, D\]")}
+WRONG_EXPERT_NORM = {
+    "rows": ((zeros(5, 8), ROUTING, zeros(8), zeros(5, 8)), r"y \(5, 8\); must be \[R=10, D\]"),
+    "tokens": (
+        (zeros(10, 8), ROUTING, zeros(8), zeros(4, 8)),
+        r"residual float32\(4, 8\); must be",
+    ),
+    "weight": ((zeros(10, 8), ROUTING, zeros(4), zeros(5, 8)), r"weight \(4,\)"),
+}
 WRONG_RMS_NORM = {
     "weight": ((zeros(5, 8), zeros(4), None), r"x \(5, 8\) and weight \(4,\)"),
     "residual": ((zeros(5, 8), zeros(8), zeros(4, 8)), r"\(5, 8\).*residual \(4, 8\)"),
@@ -155,6 +164,7 @@ WRONG_SCORES = {
             "grouped_matmul": WRONG_GROUPED_MATMUL,
             "grouped_gated_matmul": WRONG_GROUPED_GATED_MATMUL,
             "route": WRONG_ROUTE,
+            "expert_norm": WRONG_EXPERT_NORM,
             "expert_sum": WRONG_EXPERT_SUM,
             "rms_norm": WRONG_RMS_NORM,
             "rope": WRONG_ROPE,
@@ -183,6 +193,7 @@ def test_checks_let_pass_what_fits():
     checks.check_grouped_matmul(zeros(5, 16), zeros(3, 2, 16), SIZES, 8)
     checks.check_grouped_gated_matmul(zeros(5, 16), zeros(3, 2, 16), SIZES)
     checks.check_route(zeros(5, 8), EVERY, 8)
+    checks.check_expert_norm(zeros(10, 8), ROUTING, zeros(8), zeros(5, 8))
     checks.check_expert_sum(zeros(10, 8), ROUTING)
     checks.check_rms_norm(zeros(2, 5, 16), zeros(16), zeros(2, 5, 16))
     checks.check_rope(zeros(1, 1, 1, 8), zeros(9, 4), zeros(9, 4))
@@ -211,6 +222,8 @@ def test_ops_check_before_they_compute():
         ops.grouped_gated_matmul(zeros(5, 8), zeros(3, 3, 8), SIZES)
     with pytest.raises(ValueError, match="^route: "):
         ops.route(zeros(5, 8), EVERY, k=9, normalise=True)
+    with pytest.raises(ValueError, match="^expert_norm: "):
+        ops.expert_norm(zeros(5, 8), ROUTING, zeros(8), eps=1e-5, residual=zeros(5, 8))
     with pytest.raises(ValueError, match="^expert_sum: "):
         ops.expert_sum(zeros(5, 8), ROUTING)
     with pytest.raises(ValueError, match="^rms_norm: "):

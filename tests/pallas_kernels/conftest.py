@@ -26,6 +26,7 @@ FEW_ROWS = (1, 2, 5, 8, 17, 32, 33, 65, 129, 300)
 
 _STATIC = {
     "embed": ("scale",),
+    "expert_norm": ("eps",),
     "gated_matmul": ("activation",),
     "grouped_matmul": ("leaves", "out_dtype"),
     "matmul": ("leaves", "out_dtype"),

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import jdet
+from jdet.pallas_kernels.expert_norm.mosaic_gpu import expert_norm
+from jdet.pallas_kernels.expert_sum.portable import expert_sum
 from jdet.pallas_kernels.rms_norm.mosaic_gpu import (
     default_schedule,
     rms_norm,
@@ -53,6 +56,25 @@ def test_it_is_the_norm_of_the_sum(dim: int, with_residual: bool) -> None:
     assert (s.astype(np.float64) == wide).all()
     # One rounding to bfloat16: half of 2**-8, relative.
     np.testing.assert_allclose(y.astype(np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [200, 2048])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_sum_of_experts_is_added_first(dim: int, dtype: str) -> None:
+    """The bits of the norm after `portable`'s sum; rows of no token hold NaN."""
+    rows, _, weight = (a.astype(dtype) for a in inputs(17, dim))
+    rows[[3, 8]] = np.nan
+    rng = np.random.default_rng(0)
+    places = rng.permutation(np.setdiff1d(np.arange(17), [3, 8])).astype(np.int32).reshape(5, 3)
+    weights = rng.random((5, 3), np.float32)
+    residual = rng.standard_normal((5, dim)).astype(dtype)
+    given = [jnp.asarray(a) for a in (rows, weights, places)]
+    given += [jnp.asarray(weight), jnp.asarray(residual)]
+    got = expert_norm(*given, eps=EPS, interpret=plgpu.InterpretGPUParams())
+    want = simulated(np.asarray(jdet.jit(expert_sum)(*given[:3])), weight, residual)
+    for a, b in zip(got, want, strict=True):
+        assert np.isfinite(b.astype(np.float32)).all()
+        assert (a.dtype, np.asarray(a).tobytes()) == (b.dtype, b.tobytes())
 
 
 @pytest.mark.parametrize("dim", [64, 576])

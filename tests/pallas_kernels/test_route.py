@@ -149,6 +149,17 @@ def test_sum_does_not_follow_the_batch(op, invariant, dtype, few_rows, given, as
     assert_rows_alike(lambda w, at: run(y, w, at), (weights, places), sizes)
 
 
+def test_norm_is_that_of_the_sum(op, invariant, dtype, given, normal, assert_same_bits):
+    y, weights, places = given
+    y, residual = y.astype(dtype), normal(3, (TOKENS, 576), dtype)
+    weight = normal(4, (576,), dtype)
+    got = op("expert_norm", invariant)(y, weights, places, weight, residual, eps=1e-5)
+    total = op("expert_sum", invariant)(y, weights, places)
+    want = op("rms_norm", invariant)(total, weight, eps=1e-5, residual=residual)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_rows_are_counted_and_sorted_alike(monkeypatch, logits, assert_same_bits):
     """65 tokens of 4 experts are few enough to be counted; prompts are sorted."""
     experts = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :K]).astype(np.int32)

@@ -1,0 +1,1 @@
+"""A norm whose input is the sum of each token's experts."""
