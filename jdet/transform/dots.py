@@ -191,8 +191,9 @@ def _placed(x: Array) -> Array:
     One axis has one layout; behind it the extents are a view. An array whose axes are sharded
     explicitly can have no such axis.
     """
+    x = lax.optimization_barrier(x)
     if any(jax.typeof(x).sharding.spec):
-        return lax.optimization_barrier(x)
+        return x
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 
