@@ -189,10 +189,12 @@ def _placed(x: Array) -> Array:
     """x as it is written, row by row: XLA may not fold a transposition of it into the dot.
 
     One axis has one layout; behind it the extents are a view. An array whose axes are sharded
-    explicitly can have no such axis.
+    explicitly can have no such axis. Written with its own extents first: where XLA:CPU fuses what
+    makes it with the one axis, the loop finds every element's place by divisions.
     """
+    x = lax.optimization_barrier(x)
     if any(jax.typeof(x).sharding.spec):
-        return lax.optimization_barrier(x)
+        return x
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 

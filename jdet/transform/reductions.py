@@ -145,6 +145,9 @@ def _lower(kind: str) -> Any:
         if platform == "cuda" and kind in ("max", "min") and wide(x.dtype) == jnp.float32:
             # Apart, or XLA makes one Triton kernel of a softmax's first half, and a larger result.
             return lax.optimization_barrier(primitive.bind(x, **params))
+        if platform == "cpu" and x.ndim - 1 in params["axes"] and x.shape[-1] % (2 * LANES):
+            # XLA:CPU would make it anew, element by element, in the loop of the pad.
+            x = lax.optimization_barrier(x)
         wider = alone(x.astype(wide(x.dtype)), platform)
         made = reduce_axes(wider, params["axes"], kind, platform)
         return narrowed(made, x.dtype)
