@@ -144,13 +144,18 @@ class Rows:
         given = self.layout, self.row_layout
         return self._inline(f, scores.shape, scores.dtype, self.layout, *given)(scores, last)
 
-    def store(self, to: Any, x: jax.Array) -> None:
-        """The rows in use, to memory of the device. A thread's neighbours fill 32 bytes."""
-        if self.interpret:
-            to[...] = x[: self.used]
-            return
+    def store(self, to: Any, x: jax.Array, end: Any = None) -> None:
+        """The rows in use, those before `end`, to memory of the device: [rows, n], or [i, j, n].
 
-        def f(ctx: Any, to: Any, x: Any) -> None:
+        A thread's neighbours fill 32 bytes, or 16 of a 16-bit x.
+        """
+        if self.interpret:
+            to[...] = x[: self.used].reshape(to.shape)
+            return
+        end = lax.broadcast_in_dim(self.used if end is None else end, (self.height,), ())
+        end = plgpu.layout_cast(jnp.asarray(end, jnp.int32), self.row_layout)
+
+        def f(ctx: Any, to: Any, x: Any, end: Any) -> None:
             del ctx
             i32 = ir.IntegerType.get_signless(32)
 
@@ -165,13 +170,19 @@ class Rows:
             first = arith.muli(warp, number(8 if self.half else 16))
             first = arith.addi(first, arith.divui(lane, number(4)))
             column = arith.muli(arith.remui(lane, number(4)), number(2))
+            shape = ir.MemRefType(to.type).shape
             for half in range(1 if self.half else 2):
                 row = arith.addi(first, number(8 * half))
-                with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, number(self.used))):
+                bound = vector.extract(end.registers.flat[half], [], [0])
+                with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, row, bound)):
+                    at_row = [place(row)]
+                    if len(shape) == 3:
+                        inner = number(shape[1])
+                        at_row = [place(op(row, inner)) for op in (arith.divui, arith.remui)]
                     for index, pair in np.ndenumerate(x.registers):
                         if self.half or index[4] == half:
                             at = arith.addi(column, number(8 * index[1]))
-                            vector.store(pair, to, [place(row), place(at)])
+                            vector.store(pair, to, [*at_row, place(at)])
 
-        given: Any = plgpu.RefType(), self.layout
-        plgpu.inline_mgpu(arg_types=given)(f)(to, x)
+        given: Any = plgpu.RefType(), self.layout, self.row_layout
+        plgpu.inline_mgpu(arg_types=given)(f)(to, x, end)
