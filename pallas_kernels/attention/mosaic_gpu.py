@@ -58,13 +58,12 @@ cache it reads the page numbers itself, and starts one copy for each page that a
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 3 slots and 16 KiB for each of two teams, 6 slots and 16 KiB for one, under 227 KiB.
 At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 4 * fetch splits of 3 KiB, or 1.5
-for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
-and of o' while the second tile's exponentials are taken, of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
-ptxas stores to local memory, a thread: none in decode, or 5 without pages; 40 in spread prefill;
-98 walked by 2, of which 12 a split that is not masked; at 256 none or 7 in decode, 190
-to 270 walked. Pages of 16 add 30 to 130, in the producer.
-
-Those 12 decide: with 40 or 52 prefill took 14 to 26 % longer (h200-attention-experiments.json).
+for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'; walked,
+o' beside half of each), 64 of o, of 240 (walked by 2) or 255; in a team of two 216: 128 of scores,
+then half, 32 of o. Words that ptxas stores to local memory, a thread: none in decode, or 5 without
+pages; 40 in spread prefill; 98 walked by 2, of which 12 in the loop over unmasked splits; at 256
+none or 7 in decode, 190 to 270 walked. Pages of 16 add 30 to 130, in the producer. Those 12 decide:
+with 40 or 52 prefill took 14 to 26 % longer (scripts/bench/results/h200-attention-experiments.json).
 
 Bits: scripts/bench/results/h200-attention-2.json and, of this form's prefill,
 h200-attention-prefill.json: those that an earlier form had on an H100 and an H200
