@@ -63,7 +63,7 @@ o' beside half of each), 64 of o, of 240 (walked by 2) or 255; in a team of two 
 then half, 32 of o. Words that ptxas stores to local memory, a thread: none in decode, or 5 without
 pages; 40 in spread prefill; 98 walked by 2, of which 12 in the loop over unmasked splits; at 256
 none or 7 in decode, 190 to 270 walked. Pages of 16 add 30 to 130, in the producer. Those 12 decide:
-with 40 or 52 prefill took 14 to 26 % more (scripts/bench/results/h200-attention-experiments.json).
+40 or 52 cost 14 to 26 % in time (scripts/bench/results/h200-attention-experiments.json).
 
 Bits: scripts/bench/results/h200-attention-2.json and, of this form's prefill,
 h200-attention-prefill.json: those that an earlier form had on an H100 and an H200

@@ -84,10 +84,10 @@ ATTENTION = {
     "decode": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), {}, 220),
     "decode, window": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), WINDOW, 0),
     "decode, both": ((32, 8, 128), 1, mosaic_gpu.Schedule("spread"), BOTH, 0),
-    "prefill": ((32, 8, 128), 300, mosaic_gpu.Schedule("walked", wgs=2), {}, 800),
+    "prefill": ((32, 8, 128), 300, mosaic_gpu.Schedule("walked", wgs=2), {}, 1600),
     "prefill, both": ((9, 3, 64), 300, mosaic_gpu.Schedule("walked", wgs=2), BOTH, 0),
     "decode of 256": ((8, 4, 256), 1, mosaic_gpu.Schedule("spread"), {}, 220),
-    "prefill of 256, both": ((8, 4, 256), 300, mosaic_gpu.Schedule("walked"), BOTH, 3200),
+    "prefill of 256, both": ((8, 4, 256), 300, mosaic_gpu.Schedule("walked"), BOTH, 3600),
 }
 
 
