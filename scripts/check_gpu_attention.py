@@ -46,7 +46,7 @@ GEMMA_1B, GEMMA_4B = (4, 1, 256), (8, 4, 256)
 DECODE = ((1, 4096), (1, 32768), (8, 1024), (8, 8192), (32, 2048), (64, 1024), (64, 4096))
 DECODE = (*DECODE, (128, 1024), (128, 4096))
 PAGE = 64  # slots, in the timings
-PREFILL = ((1, 2048), (1, 8192))
+PREFILL = ((1, 2048), (1, 4096), (1, 8192), (1, 32768), (8, 1024))
 
 
 def _draw(seed, shape, dtype="bfloat16", poison=None):
@@ -561,14 +561,18 @@ def jobs():
 
 def time_jobs():
     out = [{"check": "ceilings"}]
-    out += [{"check": "time", "batch": b, "context": c, "length": 1} for b, c in DECODE]
-    return out + [{"check": "time", "batch": b, "context": c, "length": c} for b, c in PREFILL]
+    shapes = [("decode times", b, c, 1) for b, c in DECODE]
+    shapes += [("prefill times", b, c, c) for b, c in PREFILL]
+    return out + [
+        {"check": "time", "part": part, "batch": b, "context": c, "length": length}
+        for part, b, c, length in shapes
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="*", help="checks to run, by name")
+    parser.add_argument("--only", nargs="*", help="checks to run, by name, or a part of `time`")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument(
         "--limit", type=float, default=480, help="seconds until it reports what it has"
@@ -579,7 +583,7 @@ def main():
     rows, missing = [], 0
     pool = context.Pool(args.jobs, _start, (context.Lock(),))
     for phase in (jobs(), time_jobs()):
-        todo = [j for j in phase if not args.only or j["check"] in args.only]
+        todo = [j for j in phase if not args.only or {j["check"], j.get("part")} & {*args.only}]
         results = pool.imap_unordered(dispatch, todo)
         for i in range(len(todo)):
             try:

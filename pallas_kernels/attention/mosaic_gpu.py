@@ -30,8 +30,11 @@ Products and sums that a compiler could fuse are single instructions of PTX (`ex
 Schedules (what the bits do not depend on; mosaic_gpu_schedules):
 
 - `walked`: a block has 1 or 2 consumer warpgroups of 64 query rows (the heads that share keys x
-  consecutive queries) and walks their splits in order; for prefill. Splits that all rows see
-  in full are not masked.
+  consecutive queries) and walks their splits in order; for prefill. A block a multiprocessor,
+  which goes on to other rows: the next queries and keys come while it finishes. Splits that all
+  rows see in full are not masked, tiles of keys that none sees are left out (without a window).
+  The exponentials of a tile are taken while the one before it is weighed. Two consumers take
+  turns at the scores, so that one has exponentials to take while the other multiplies.
 - `spread`: equal, contiguous shares of all (tile, head, split), which each block counts itself.
   Where at most 8 rows of a tile carry a query, a head that the taker of a share meets from its
   first split to its last is done. Of any other the taker of split 0 folds what it meets and leaves
@@ -57,15 +60,16 @@ cache it reads the page numbers itself, and starts one copy for each page that a
 Budget: shared memory = a slot of 128 keys x 128 x 2 bytes = 32 KiB; 6 slots and 32 KiB of queries
 (walked by 2), 3 slots and 16 KiB for each of two teams, 6 slots and 16 KiB for one, under 227 KiB.
 At head_dim 256 a tile is two slots: 6 slots and 32 KiB. The fold: 8 * fetch splits of 2 KiB, or 0.5
-for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'), 64 of o,
-of 240 (walked by 2) or 255; in a team of two 216: 128 of scores, then half, 32 of o. Words that
-ptxas stores to local memory, a thread: none in decode; 100 in spread prefill;
-103 walked by 2, 171 with a window and a cap; none at head_dim 64; at 256 none or 10 in decode, 190
-to 270 walked. Pages of 16 add 30 to 130, in the producer.
+for 32 columns. Registers of a consumer thread: 128 of scores (then 64 of p and 64 of o'; walked,
+o' beside half of each), 64 of o, of 240 (walked by 2) or 255; in a team of two 216: 128 of scores,
+then half, 32 of o. Words that ptxas stores to local memory, a thread: none in decode; 100 in spread
+prefill; 98 walked by 2, of which 12 in the loop over unmasked splits; at 256 none or 10 in decode,
+190 to 270 walked. Pages of 16 add 30 to 130, in the producer. Those 12 decide: 40 or 52 cost 14 to
+26 % in time (scripts/bench/results/h200-attention-experiments.json).
 
-Bits: scripts/bench/results/h200-attention-3.json (decode), those that earlier forms had on an H100
-and an H200 (h100-check-attention.json, h200-check-attention-options.json, h200-attention-2.json).
-Times on an H200: the first, prefill in the last.
+Bits: scripts/bench/results/h200-attention-3.json (decode) and h200-attention-prefill.json: those
+that earlier forms had on an H100 and an H200 (h100-check-attention.json, h200-attention-2.json,
+h200-check-attention-options.json). Times on an H200: the first two.
 
 Sources: the PTX manual; FlashAttention-2 and -3 (split softmax, warp specialisation); FlashDecoding
 (splits in parallel); stream-K (equal shares); jax's attention_mgpu.py for what Pallas offers. No
@@ -86,6 +90,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from jdet.pallas_kernels.attention.mosaic_gpu_merge import fold_splits
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
+    SMS,
     Schedule,
     default_schedule,
     ends_of,
@@ -151,7 +156,7 @@ def _attention(
         grid = s.blocks
     else:
         out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
-        grid = batch * pl.cdiv(tiles, s.wgs) * kv_heads
+        grid = min(batch * pl.cdiv(tiles, s.wgs) * kv_heads, SMS)
     if not spread or (sliding_window is not None and not decode):
         inputs["first"] = p[:, 0]
     # Rows are reduced by shuffles within a warp: without memory.

@@ -9,10 +9,12 @@ agree on slots without a word:
 - `full[slot]`, `empty[slot]`: a tile of keys or values, or a band of one, has come, has been used
   by all consumers.
 - `q_full`, `q_empty`: the same for a team's queries.
+- `turn[consumer]`: of two that walk side by side, the other has its scores of a split: one takes
+  exponentials while the other multiplies. Both count every split of the item, used or not.
 
 A consumer arrives with all its threads, each after its own wgmma has ended. What threads
-write and the copy engine or wgmma then reads lies behind a `commit_smem`. What a spread grid
-leaves goes from registers to memory.
+write and wgmma then reads lies behind a `commit_smem`. Results go from registers to memory: no
+queries, keys or values have to make room for them.
 """
 
 import functools
@@ -30,7 +32,8 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     ROWS,
     Schedule,
     Shape,
-    walk_block,
+    splits_of,
+    walk_blocks,
     walk_share,
 )
 from jdet.pallas_kernels.exact import exact
@@ -84,6 +87,7 @@ def attention_kernel(
         empty,
         q_full,
         q_empty,
+        turn: Any = None,
         p_s: Any = None,
         last_s: Any = None,
         ends_s: Any = None,
@@ -117,7 +121,7 @@ def attention_kernel(
                 walk_share, share=share, shares=teams * blocks, last=last_of, ends=ends, d=d
             )
         else:
-            each_item = functools.partial(walk_block, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
+            each_item = functools.partial(walk_blocks, last=g["last"], tiles=tiles, wgs=s.wgs, d=d)
 
         def q_copies(gmem, smem, row, head, slot, c):
             """Pairs of windows, chunk c of the queries' columns in tile `row` and in `slot`."""
@@ -166,11 +170,9 @@ def attention_kernel(
                 ]
 
             def item(loads, done, row, head, first, end, last, _):
-                if spread:
-
-                    @pl.when(loads > 0)
-                    def _():
-                        plgpu.barrier_wait(q_empty.at[team])
+                @pl.when(loads > 0)
+                def _():
+                    plgpu.barrier_wait(q_empty.at[team])
 
                 # A tile past the last of its row is another row's, or nothing: never stored.
                 for i in range(s.wgs):
@@ -212,14 +214,16 @@ def attention_kernel(
 
             total = splits * split_slots
             lax.fori_loop(lax.max(total - slots, 0), total, drain, None)
-            if spread:
 
-                @pl.when(loads > 0)
-                def _():
-                    plgpu.barrier_wait(q_empty.at[team])
+            @pl.when(loads > 0)
+            def _():
+                plgpu.barrier_wait(q_empty.at[team])
 
-        def split(at, q_slot, start, limit, low_key, last_key, q_used):
-            """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen."""
+        def split(at, q_slot, start, count, limit, low_key, last_key, q_used):
+            """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen.
+
+            Of its tiles of keys the first `count` are looked at.
+            """
 
             def slot_of(tile, b):
                 return ring(at + (tile * d.bands + b))
@@ -233,8 +237,15 @@ def attention_kernel(
                 for b in range(d.bands):
                     plgpu.barrier_arrive(empty.at[slot_of(tile, b)])
 
+            def pass_over(tiles):
+                for tile in tiles:
+                    wait_for(tile)
+                    release(tile)
+
             # Of bands so few fit that the next are wanted before all of them are used.
             early = d.bands > 1
+            # In prefill the exponentials of a tile are taken while wgmma weighs those before it.
+            beside = not spread and not early
 
             def score(*accs):
                 for j, acc in enumerate(accs):
@@ -248,63 +259,82 @@ def attention_kernel(
                         plgpu.wgmma_wait(0)
                         release(j)
                 plgpu.wgmma_wait(0)
-                return [acc[...] for acc in accs]
+                scores, taken, m = [], [], None
+                if spread:  # the copies for the next ones begin the sooner
+                    taken = [rows.take(acc[...]) for acc in accs]
+                    for j in range(0 if early else count):
+                        release(j)
+                    give_back()
+                for j, acc in enumerate(accs):
+                    x = taken[j] if spread else rows.take(acc[...])
+                    if not (spread or early):
+                        release(j)
+                    if d.cap is not None:
+                        x = capped(x, d.cap)
+                    if limit is not None:
+                        last = limit - (start + j * d.tile)
+                        x = rows.keep_seen(x, last, d.sliding_window)
+                    scores.append(x)
+                    if j == count - 1 and turn is not None:
+                        plgpu.barrier_arrive(turn.at[1 - wg])
+                    m = x.max(axis=1) if m is None else jnp.maximum(m, x.max(axis=1))
+                return scores, m
 
-            acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
-            scores = [rows.take(x) for x in pl.run_scoped(score, *[acc] * d.tiles)]
-            if not early:
-                for j in range(d.tiles):
-                    release(j)
-            if q_used is not None:
+            def give_back():
                 pl.when(q_used)(lambda: plgpu.barrier_arrive(q_empty.at[team]))
-            if d.cap is not None:
-                scores = [capped(x, d.cap) for x in scores]
-            if limit is not None:
-                for j in range(d.tiles):
-                    last = limit - (start + j * d.tile)
-                    scores[j] = rows.keep_seen(scores[j], last, d.sliding_window)
-            m = scores[0].max(axis=1)
-            for x in scores[1:]:
-                m = jnp.maximum(m, x.max(axis=1))
+
+            if turn is not None:
+                plgpu.barrier_wait(turn.at[wg])
+            acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
+            scores, m = pl.run_scoped(score, *[acc] * count)
+            if not spread:
+                give_back()
+            pass_over(range(count, d.tiles))
             if d.cap is None:
                 m = rows.mul_row(m, d.factor)
             base = jnp.where(m == -jnp.inf, 0.0, m)
-            total: Any = None
-            p = []
-            for x in scores:
+
+            def weights(j):
+                """Those of tile j, and their sum."""
                 minus = across(-base, d.tile)
+                x = scores[j]
                 x = jnp.exp2(fma(x, d.factor, minus) if d.cap is None else x + minus)
-                part = rows.sum(x)
-                total = part if total is None else total + part
-                p.append(rows.give(x.astype(q_g.dtype)))
+                return rows.give(x.astype(q_g.dtype)), rows.sum(x)
+
+            p = [weights(j) for j in range(1 if beside else count)]
 
             if limit is not None:
-                for j in range(d.tiles):
+                for j in range(count):
                     slot = slot_of(d.tiles + j, band)
                     wait_for(d.tiles + j)
                     skipped = start + j * d.tile
                     clear(slot, low_key - skipped if windowed else None, last_key - skipped)
 
             def weigh(acc):
-                for j in range(d.tiles):
+                total: Any = None
+                for j in range(count):
                     slot = slot_of(d.tiles + j, band)
+                    if j == len(p):
+                        p.append(weights(j))
+                    mine, part = p[j]
+                    total = part if total is None else total + part
                     if limit is None:
                         wait_for(d.tiles + j)
-                    weights = p[j]
                     if interpret:  # the simulator's wgmma takes no registers
-                        p_s.at[wg][...] = p[j]
-                        weights = p_s.at[wg]
-                    plgpu.wgmma(acc, weights, kv_s.at[slot])
+                        p_s.at[wg][...] = mine
+                        mine = p_s.at[wg]
+                    plgpu.wgmma(acc, mine, kv_s.at[slot])
                     if early:
                         plgpu.wgmma_wait(0)
                         release(d.tiles + j)
                 plgpu.wgmma_wait(0)
-                return acc[...]
+                return acc[...], total
 
-            out = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.band), jnp.float32))
+            out, total = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.band), jnp.float32))
             if not early:
-                for j in range(d.tiles):
+                for j in range(count):
                     release(d.tiles + j)
+            pass_over(range(d.tiles + count, 2 * d.tiles))
             return m, total, [rows.take(out)]
 
         def capped(x, cap):
@@ -345,17 +375,17 @@ def attention_kernel(
             )
 
         def merge_splits(
-            begin, end, state, offset, q_slot, limit, low_key, last_key, final: Any = None
+            begin, end, state, offset, q_slot, limit, low_key, last_key, used, count=d.tiles
         ):
             """`state` and the splits begin..end; the team has walked `offset` splits before.
 
-            `final`: the split that the queries are given back after.
+            The queries are given back once they have met split `used`.
             """
 
             def step(i, state):
                 at = (offset + i - begin) * split_slots
-                q_used = None if final is None else i == final
-                part = split(at, q_slot, i * d.kv_split, limit, low_key, last_key, q_used)
+                keys = limit, low_key, last_key
+                part = split(at, q_slot, i * d.kv_split, count, *keys, i == used)
                 m, total, out = state
                 m, total, (out,) = merge(
                     (m, total, [out]), part, fma, rows.fma_row, lambda x: across(x, d.band)
@@ -377,52 +407,74 @@ def attention_kernel(
             return plgpu.load(g["rows"].at[row], layout=rows.row_layout, optimized=False)
 
         def consume_walked():
-            def item(_0, _1, row, head, first, end, high, _2):
+            def item(_0, done, row, head, first, end, high, _1):
                 slot = wg if s.wgs > 1 else 0
                 tile = lax.rem(row, tiles) + slot
                 mine = row + jnp.where(tile < tiles, slot, 0)
-                limit = row_limit(mine)
-                plgpu.barrier_wait(q_full.at[0])
+                limit, last = row_limit(mine), g["last"][mine]
                 whole = lax.min(lax.div(g["first"][mine] + 1, d.kv_split), end)
+                # Splits that a row of mine sees, and those that it sees more of than one tile.
+                ends = lax.min(splits_of(last, d), end), end
+                plgpu.barrier_wait(q_full.at[0])
+                used = ends[0] - 1
+                pl.when(used < 0)(lambda: plgpu.barrier_arrive(q_empty.at[0]))
                 if windowed:
                     keys = limit, first_key(row), high
                     # Those that all rows see in full lie between two runs of masked ones.
-                    unmasked = g["last"][mine] + d.kv_split - d.sliding_window
+                    unmasked = last + d.kv_split - d.sliding_window
                     unmasked = lax.clamp(0, lax.div(unmasked, d.kv_split), whole)
 
                     def run(i, state):
                         begin, stop = (
-                            jnp.where(i == 0, x, y) for x, y in ((0, whole), (unmasked, end))
+                            jnp.where(i == 0, x, y) for x, y in ((0, whole), (unmasked, ends[0]))
                         )
-                        state = merge_splits(begin, stop, state, begin, slot, *keys)
-                        free = jnp.where(i == 0, whole, end)
-                        return merge_splits(stop, free, state, stop, slot, None, None, high)
+                        state = merge_splits(begin, stop, state, done + begin, slot, *keys, used)
+                        free = jnp.where(i == 0, whole, ends[0])
+                        at = done + stop
+                        return merge_splits(stop, free, state, at, slot, None, None, high, used)
 
                     _, total, out = lax.fori_loop(0, 2, run, nothing())
                 else:
-                    state = merge_splits(jnp.int32(0), whole, nothing(), 0, slot, None, None, high)
-                    _, total, out = merge_splits(whole, end, state, whole, slot, limit, None, high)
+                    state = nothing()
+                    state = merge_splits(0, whole, state, done, slot, None, None, high, used)
+                    begin = whole
+                    for count in sorted({d.tiles, 1}, reverse=True):
+                        seen = lax.div(last + d.kv_split - (count - 1) * d.tile, d.kv_split)
+                        stop = lax.clamp(begin, seen, ends[0])
+                        keys = limit, None, high
+                        state = merge_splits(
+                            begin, stop, state, done + begin, slot, *keys, used, count
+                        )
+                        begin = stop
+                    _, total, out = state
+
+                def pass_over(i, _):
+                    if turn is not None:
+                        plgpu.barrier_wait(turn.at[wg])
+                        plgpu.barrier_arrive(turn.at[1 - wg])
+                    for j in range(split_slots):
+                        slot = ring((done + i) * split_slots + j)
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_arrive(empty.at[slot])
+
+                lax.fori_loop(*ends, pass_over, None)
                 if not decode:
                     total = jnp.where(limit < 0, 0.0, total)
                 out = finish(across(total, d.band), out).astype(o_g.dtype)
-                if d.bands > 1:  # the results go where the others may still read queries
-                    plgpu.barrier_arrive(q_empty.at[0])
-                    plgpu.barrier_wait(q_empty.at[0])
-                for c in range(band_chunks):
-                    part = out[:, c * _CHUNK : (c + 1) * _CHUNK]
-                    q_mma.at[slot, band * band_chunks + c, pl.ds(0, rows.height)][...] = part
-                plgpu.commit_smem()
+                cols = pl.ds(band * d.band, d.band)
+                if decode:
+                    rows.store(o_g.at[row, 0, head, :, cols], out)
+                    return
 
                 @pl.when(tile < tiles)
                 def _():
-                    for c in range(band_chunks):
-                        at = band * band_chunks + c
-                        for dst, src in q_copies(o_g, q_in, mine, head, slot, at):
-                            plgpu.copy_smem_to_gmem(src, dst)
-
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    batch, start = lax.div(mine, tiles), tile * d.queries
+                    window = o_g.at[batch, pl.ds(start, d.queries), head, :, cols]
+                    rows.store(window, out, (length - start) * group)
 
             each_item(item)
+            if turn is not None:  # the last that was given is taken
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
         def consume_spread():
             parts_o, parts_sums, left = parts_g
@@ -439,7 +491,7 @@ def attention_kernel(
                     begin = first + i
                     upto = jnp.where(alone, begin + 1, end)
                     m, total, out = merge_splits(
-                        begin, upto, nothing(), done + i, team, *keys, final=end - 1
+                        begin, upto, nothing(), done + i, team, *keys, used=end - 1
                     )
 
                     def sums():
@@ -467,6 +519,8 @@ def attention_kernel(
         def consume():
             if registers:
                 plgpu.set_max_registers(registers[1], action="increase")
+            if turn is not None:
+                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             (consume_spread if spread else consume_walked)()
 
         lax.cond(wg >= teams * consumers, produce, consume)
@@ -488,6 +542,8 @@ def attention_kernel(
     if spread and "ends" not in names:
         tiles_s = plgpu.SMEM(g["last"].shape, jnp.int32)
         scratch |= dict(last_s=tiles_s, ends_s=tiles_s, counted=barrier())
+    if s.wgs > 1:
+        scratch["turn"] = barrier(num_arrivals=1, num_barriers=s.wgs)
     if interpret:
         scratch["p_s"] = plgpu.SMEM((teams * consumers, ROWS, d.tile), q_g.dtype, transforms=_TILED)
     pl.run_scoped(scope, **scratch, collective_axes="wg")

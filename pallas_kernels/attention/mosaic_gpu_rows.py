@@ -145,18 +145,23 @@ class Rows:
         given = self.layout, self.row_layout
         return self._inline(f, scores.shape, scores.dtype, self.layout, *given)(scores, last)
 
-    def store(self, to: Any, x: jax.Array, keep: bool = False) -> None:
-        """The rows in use, of [height, n] or [height], to memory of the device.
+    def store(self, to: Any, x: jax.Array, end: Any = None, keep: bool = False) -> None:
+        """The rows in use, those before `end`, to memory of the device.
 
-        A thread's neighbours fill 32 bytes of a row. `keep` is for what a later kernel reads: see
-        `_kept`.
+        Of x [height, n] or [height], to [rows, n], [i, j, n] (rows in this order) or [rows]. A
+        thread's neighbours fill 32 bytes of a row, or 16 of a 16-bit x. `keep` is for what a later
+        kernel reads: see `_kept`.
         """
         if self.interpret:
-            to[...] = x[: self.used]
+            to[...] = x[: self.used].reshape(to.shape)
             return
         wide, size = x.ndim == 2, 2 * x.dtype.itemsize
+        ends = ()
+        if end is not None:
+            end = lax.broadcast_in_dim(end, (self.height,), ())
+            ends = (plgpu.layout_cast(jnp.asarray(end, jnp.int32), self.row_layout),)
 
-        def f(ctx: Any, to: Any, x: Any) -> None:
+        def f(ctx: Any, to: Any, x: Any, *ends: Any) -> None:
             del ctx
             i32 = ir.IntegerType.get_signless(32)
             put = _kept(to) if keep else None
@@ -172,9 +177,13 @@ class Rows:
             first = arith.muli(warp, number(8 if self.half else 16))
             first = arith.addi(first, arith.divui(lane, number(4)))
             column = arith.muli(arith.remui(lane, number(4)), number(2))
+            shape = ir.MemRefType(to.type).shape
             for half in range(1 if self.half else 2):
                 row = arith.addi(first, number(8 * half))
                 mine = arith.cmpi(arith.CmpIPredicate.ult, row, number(self.used))
+                for end in ends:
+                    bound = vector.extract(end.registers.flat[half], [], [0])
+                    mine = arith.cmpi(arith.CmpIPredicate.slt, row, bound)
                 if not wide:
                     once = arith.cmpi(arith.CmpIPredicate.eq, column, number(0))
                     with mgpu.when(arith.andi(mine, once)):
@@ -182,17 +191,22 @@ class Rows:
                         put([value], row) if put else memref.store(value, to, place(row))
                     continue
                 with mgpu.when(mine):
+                    at_row = [row]
+                    if len(shape) == 3:
+                        inner = number(shape[1])
+                        at_row = [op(row, inner) for op in (arith.divui, arith.remui)]
                     for index, pair in np.ndenumerate(x.registers):
                         if not self.half and index[4] != half:
                             continue
-                        at = arith.addi(column, number(8 * index[1]))
+                        at = *at_row, arith.addi(column, number(8 * index[1]))
                         if put:
-                            put([vector.extract(pair, [], [i]) for i in range(2)], row, at)
+                            put([vector.extract(pair, [], [i]) for i in range(2)], *at)
                         else:
-                            vector.store(pair, to, place(row, at), alignment=size)
+                            vector.store(pair, to, place(*at), alignment=size)
 
         given: Any = plgpu.RefType(), self.layout if wide else self.row_layout
-        plgpu.inline_mgpu(arg_types=given)(f)(to, x)
+        given += (self.row_layout,) * len(ends)
+        plgpu.inline_mgpu(arg_types=given)(f)(to, x, *ends)
 
 
 def _kept(to: Any) -> Any:

@@ -203,20 +203,35 @@ def _count_up_to(ends: Any, value: jax.Array) -> jax.Array:
 # of the tile) for each head that it meets, and the splits first..end of it. Returns both counts.
 
 
-def walk_block(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
-    """In a kernel: block -> one head of `wgs` neighbouring tiles, all their splits."""
-    block = lax.axis_index("block")
-    sets = -(-tiles // wgs)
-    head, rest = lax.rem(block, d.kv_heads), lax.div(block, d.kv_heads)
-    first = (sets - 1 - lax.rem(rest, sets)) * wgs  # the longest first
-    row = lax.div(rest, sets) * tiles + first
-    high = last[row]
-    for i in range(1, wgs):
-        other = last[row + lax.min(i, tiles - 1 - first)]
-        high = lax.max(high, other)
-    zero, splits = jnp.int32(0), splits_of(high, d)
-    body(zero, zero, row, head, zero, splits, high, splits)
-    return jnp.int32(1), splits
+def walk_blocks(body: Callable[..., None], *, last: Any, tiles: int, wgs: int, d: Shape) -> Any:
+    """In a kernel: one head of `wgs` neighbouring tiles with all their splits, and the next such.
+
+    The longest first; back and forth over the blocks, so that those with the longest of one round
+    have the shortest of the next.
+    """
+    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    sets, batch = -(-tiles // wgs), last.shape[0] // tiles
+    items = batch * sets * d.kv_heads
+
+    def item_of(i):
+        return i * blocks + jnp.where(lax.rem(i, 2) == 0, block, blocks - 1 - block)
+
+    def step(i, done):
+        item = item_of(i)
+        head, rest = lax.rem(item, d.kv_heads), lax.div(item, d.kv_heads)
+        first = (sets - 1 - lax.div(rest, batch)) * wgs
+        row = lax.rem(rest, batch) * tiles + first
+        high = last[row]
+        for j in range(1, wgs):
+            other = last[row + lax.min(j, tiles - 1 - first)]
+            high = lax.max(high, other)
+        splits = splits_of(high, d)
+        body(i, done, row, head, jnp.int32(0), splits, high, splits)
+        return done + splits
+
+    rounds = items // blocks
+    count = rounds + (item_of(jnp.int32(rounds)) < items).astype(jnp.int32)
+    return count, lax.fori_loop(0, count, step, jnp.int32(0))
 
 
 def walk_share(
