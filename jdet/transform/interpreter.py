@@ -22,6 +22,7 @@ from jdet.compat import (
     wrap_function,
 )
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
+from jdet.transform.constants import Constants, hidden
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
 from jdet.transform.transpositions import read_through, written_in_place
@@ -134,14 +135,16 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
             return atom.val
         return next(copies[atom]) if atom in copies else values[atom]
 
-    define(jaxpr.constvars, jaxpr.consts)
+    constants = Constants()
+    define(jaxpr.constvars, list(map(hidden, jaxpr.consts)))
     define(jaxpr.invars, args)
 
     for equation in equations:
         with equation_context(equation):
             results = _bind(equation, [read(atom) for atom in equation.invars], run)
-        if not equation.primitive.multiple_results:
-            results = [results]
+            if not equation.primitive.multiple_results:
+                results = [results]
+            results = constants.kept(equation, results)
         define(equation.outvars, results)
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -100,6 +100,17 @@ def test_16_bits_are_rounded_by_the_card(chain, dtype, on_h100, tmp_path):
     assert sorted(arithmetic(ptx)) == sorted(wanted), ptx
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_constants_are_not_joined(rows, dtype, on_h100, tmp_path):
+    """Of one row neither: nothing has to be broadcast to its shape (transform/constants.py)."""
+    a, b = (jnp.linspace(0, n, 64, dtype=dtype) for n in (1, 2))
+    of = jax.ShapeDtypeStruct((rows, 64), dtype)
+    _, ptx = program_and_ptx(lambda x: (x * a * b) + a + b, on_h100((of,)), tmp_path)
+    kinds = collections.Counter(opcode[:3] for opcode in arithmetic(ptx))
+    assert kinds == {"mul": 2, "add": 2}
+
+
 def test_partial_sums_are_written_by_a_thread_each(on_h100, tmp_path):
     """No thread of a long softmax is thousands of instructions long."""
     of = jax.ShapeDtypeStruct((2048, 1021), jnp.bfloat16)
