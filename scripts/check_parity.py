@@ -49,6 +49,7 @@ from jdet.cache import create_cache
 from jdet.decoding import Group
 from jdet.models.decoder import Layer
 from jdet.models.load import LanguageModel
+from jdet.models.moe import ExpertRows
 
 LENGTHS = {"tiny": (7, 45), "wide": (7, 45, 300)}
 WIDE = {
@@ -122,10 +123,11 @@ def ours(model: LanguageModel, prompts: list[np.ndarray]) -> Places:
         def tapped(layer: Any, branch: Any, residual: Any, *rest: Any) -> Any:
             if not seen:
                 seen.append(branch)
-            y, after, cache = plain(layer, branch, residual, *rest)
-            # The decoder adds a branch in the norm that follows, and rounds there.
+            found, after, cache = plain(layer, branch, residual, *rest)
+            # The decoder adds a branch, and experts, in the norm that follows, and rounds there.
+            y = ops.expert_sum(*found) if isinstance(found, ExpertRows) else found
             seen.append((y.astype(jnp.float32) + after.astype(jnp.float32)).astype(y.dtype))
-            return y, after, cache
+            return found, after, cache
 
         # Plain XLA multiplies unused slots by 0.
         fill = 0.0 if ops.implementation == "xla" else float("nan")

@@ -183,7 +183,7 @@ def test_writing_partial_sums_changes_nothing(axis):
             part = np.moveaxis(x[:rows], 1, axis)
             f = jax.jit(lambda x, p=platform: reductions.reduce_axes(x, (axis,), "sum", p))
             sums[platform, rows] = np.asarray(f(part))
-            wrote = "f32[70401]" in f.lower(part).compile().as_text()
+            wrote = "f32[70401]" in (f.lower(part).compile().as_text() or "")
             assert wrote == (platform == "cuda" and rows == 1100)
     assert len({made[:3].tobytes() for made in sums.values()}) == 1
     np.testing.assert_array_equal(sums["cpu", 1100], sums["cuda", 1100])
