@@ -68,8 +68,7 @@ def matmul() -> str:
 
 def attention() -> str:
     """Times of the Hopper attention beside cuDNN's, on an H200."""
-    found = [r for r in _load("h200-attention-3.json")["rows"] if r["queries"] == 1]
-    found += _load("h200-attention-prefill.json")["rows"]
+    found = _load("h200-attention-4.json")["rows"]
     rows = [
         [
             f"{'decode' if r['queries'] == 1 else 'prefill'}, {r['batch']} x {r['context']}",
@@ -191,9 +190,9 @@ def tables() -> dict[str, str]:
         "attention": attention(),
         "rows": rows(),
         "cards": cards(),
-        "model-h200": model("h200-qwen3-8b-2.json", "h200-qwen3-8b.json"),
+        "model-h200": model("h200-qwen3-8b-4.json", "h200-qwen3-8b-3.json"),
         "model-h100": model("h100-qwen3-8b-first.json"),
-        "mixture": model("h200-qwen3-30b-a3b-2.json"),
+        "mixture": model("h200-qwen3-30b-a3b-4.json", "h200-qwen3-30b-a3b-3.json"),
         "engine": engine(),
         "grouped": grouped(),
     }

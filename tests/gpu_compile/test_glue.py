@@ -109,8 +109,10 @@ def test_what_is_left_to_xla_cannot_follow_the_batch(compiled, model, batch):
     hlo, _ = compiled(model, batch, "mosaic_gpu")
     opcodes = collections.Counter(i.opcode for i in parse(hlo))
     # Two layers of four matmuls, two norms and an attention; head, last norm, normalizer. The loop
-    # over the steps, and that of the sampler's prefix sums.
+    # over the looks and the one over the steps between two of them, which XLA must know the number
+    # of; a loop or an unknown number in the step would make the device wait for the host.
     assert opcodes["custom-call"] >= 2 * 7 + 4 and opcodes["while"] == 2, opcodes
+    assert hlo.count("known_trip_count") == 1 and 'known_trip_count":{"n":"8"}' in hlo
     assert findings(hlo) == []
 
 
