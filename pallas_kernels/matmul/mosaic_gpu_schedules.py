@@ -185,6 +185,10 @@ _128X256 = deepest("normal", 128, 256, wgs=2, group=8)
 _128X256_PAIR = deepest("normal", 128, 256, wgs=2, cm=2, group=8)
 _256X192 = deepest("normal", 256, 192, wgs=2, group=4, slots=1)
 
+# Elements of w that are streamed in the time (0.3 us) between a tile's last step and the next one's
+# first: most of what a tile of a short K costs (h200-transform-decode.json).
+_TURN = 4096
+
 _LARGE = (
     (_256X192, 1580),
     (_128X192, 820),
@@ -194,8 +198,9 @@ _LARGE = (
 )
 
 # (largest M, ((schedule, cost of one tile), ...)): the choice is the least cost of all waves of
-# tiles, the first of equals. Up to M = 128 a tile costs the rows of w it streams; above, the
-# clock cycles of 64 elements of K, measured on an H100 (scripts/bench/matmul.py --sweep).
+# tiles, the first of equals. Up to M = 128 a tile costs the rows of w it streams and its own
+# `_TURN`; above, the clock cycles of 64 elements of K, measured on an H100
+# (scripts/bench/matmul.py --sweep).
 _CHOICES = (
     (16, (*((_SMALL[bn], bn) for bn in (96, 64, 48, 32)), (_THIN, 16))),
     (32, tuple((_SMALL[bn], bn) for bn in (96, 64, 48, 32))),
@@ -302,9 +307,10 @@ def default_schedule(
     by_m = _GATED_CHOICES if gated else _CHOICES if k_last else _K_FIRST_CHOICES
     choices = next(choices for largest, choices in by_m if m <= largest)
 
-    def cost(s: Schedule, of_tile: int) -> int:
+    def cost(s: Schedule, of_tile: int) -> float:
         clusters = batch * -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
-        return -(-clusters // s.resident) * of_tile
+        turn = _TURN / k if m <= 128 else 0.0
+        return -(-clusters // s.resident) * (of_tile + turn)
 
     costs = {s: cost(s, of_tile) for s, of_tile in choices if s in every}
     if not costs:

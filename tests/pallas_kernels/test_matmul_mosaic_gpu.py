@@ -192,6 +192,12 @@ def test_default_is_registered_and_has_room(leaves, k_last):
             assert s.fits(leaves) and (k_last or s.takes_k_first)
 
 
+def test_a_short_k_takes_wide_tiles_where_there_are_many():
+    """Scores of a batch of 32 with 8 heads of keys: a tile's own time weighs more than its rows."""
+    assert mosaic_gpu.default_schedule(4, 1024, 128, jnp.bfloat16, batch=256).bn == 96
+    assert mosaic_gpu.default_schedule(4, 1024, 128, jnp.bfloat16, batch=8).bn == 64  # one each
+
+
 def test_every_schedule_states_its_budget():
     every = mosaic_gpu.schedules(1, 8, 64, jnp.bfloat16, out_size=2)
     assert len({str(s) for s in every}) == len(every)
