@@ -29,6 +29,7 @@ from jdet.pallas_kernels.attention.mosaic_gpu_ends import count_ends
 from jdet.pallas_kernels.attention.mosaic_gpu_merge import fill, finish, merge
 from jdet.pallas_kernels.attention.mosaic_gpu_rows import Rows
 from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
+    CHUNK,
     ROWS,
     Schedule,
     Shape,
@@ -36,10 +37,9 @@ from jdet.pallas_kernels.attention.mosaic_gpu_schedules import (
     walk_blocks,
     walk_share,
 )
-from jdet.pallas_kernels.exact import exact
+from jdet.pallas_kernels.attention.mosaic_gpu_split import Keys, Splits
 
-_CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
-_TILED = (plgpu.TilingTransform((8, _CHUNK)), plgpu.SwizzleTransform(128))
+_TILED = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
 
 
 def _union(shape: tuple[int, ...], tiled: tuple[int, ...], dtype: Any, interpret: bool) -> Any:
@@ -67,7 +67,7 @@ def attention_kernel(
     g, *parts_g, o_g = dict(zip(names, refs, strict=False)), *refs[len(names) :]
     q_g = g["q"]
     spread, decode = s.kind == "spread", "rows" not in g
-    chunks, band_chunks = d.dim // _CHUNK, d.band // _CHUNK
+    chunks = d.dim // CHUNK
     consumers, teams = s.consumers(d), s.teams(d)
     group = d.rows // d.queries
     split_slots = 2 * d.tiles * d.bands
@@ -78,7 +78,7 @@ def attention_kernel(
     window = min(page_size, d.tile)  # keys of one copy
     windowed = d.sliding_window is not None
     rows = Rows(d.rows, d.few, interpret)
-    fma, across = rows.fma, rows.across
+    across = rows.across
 
     def scope(
         q_s,
@@ -125,7 +125,7 @@ def attention_kernel(
 
         def q_copies(gmem, smem, row, head, slot, c):
             """Pairs of windows, chunk c of the queries' columns in tile `row` and in `slot`."""
-            cols = pl.ds(c * _CHUNK, _CHUNK)
+            cols = pl.ds(c * CHUNK, CHUNK)
             if decode:
                 return [(gmem.at[row, 0, head, :, cols], smem.at[slot, c, pl.ds(0, d.rows)])]
             batch, start = lax.div(row, tiles), lax.rem(row, tiles) * d.queries
@@ -219,152 +219,24 @@ def attention_kernel(
             def _():
                 plgpu.barrier_wait(q_empty.at[team])
 
-        def split(at, q_slot, start, count, limit, low_key, last_key, q_used):
-            """(m, l, o) of one split, keys from `start`; `limit` masks, None if all are seen.
-
-            Of its tiles of keys the first `count` are looked at.
-            """
-
-            def slot_of(tile, b):
-                return ring(at + (tile * d.bands + b))
-
-            def wait_for(tile):
-                """Of all bands, used or not: phases of a slot are counted by waiting."""
-                for b in range(d.bands):
-                    plgpu.barrier_wait(full.at[slot_of(tile, b)])
-
-            def release(tile):
-                for b in range(d.bands):
-                    plgpu.barrier_arrive(empty.at[slot_of(tile, b)])
-
-            def pass_over(tiles):
-                for tile in tiles:
-                    wait_for(tile)
-                    release(tile)
-
-            # Of bands so few fit that the next are wanted before all of them are used.
-            early = d.bands > 1
-            # In prefill the exponentials of a tile are taken while wgmma weighs those before it.
-            beside = not spread and not early
-
-            def score(*accs):
-                for j, acc in enumerate(accs):
-                    for b in range(d.bands):
-                        plgpu.barrier_wait(full.at[slot_of(j, b)])
-                        for c in range(band_chunks):
-                            k = kv_s.at[slot_of(j, b), :, pl.ds(c * _CHUNK, _CHUNK)]
-                            q = q_mma.at[q_slot, b * band_chunks + c]
-                            plgpu.wgmma(acc, q, k.transpose((1, 0)))
-                    if early:
-                        plgpu.wgmma_wait(0)
-                        release(j)
-                plgpu.wgmma_wait(0)
-                scores, taken, m = [], [], None
-                if spread:  # the copies for the next ones begin the sooner
-                    taken = [rows.take(acc[...]) for acc in accs]
-                    for j in range(0 if early else count):
-                        release(j)
-                    give_back()
-                for j, acc in enumerate(accs):
-                    x = taken[j] if spread else rows.take(acc[...])
-                    if not (spread or early):
-                        release(j)
-                    if d.cap is not None:
-                        x = capped(x, d.cap)
-                    if limit is not None:
-                        last = limit - (start + j * d.tile)
-                        x = rows.keep_seen(x, last, d.sliding_window)
-                    scores.append(x)
-                    if j == count - 1 and turn is not None:
-                        plgpu.barrier_arrive(turn.at[1 - wg])
-                    m = x.max(axis=1) if m is None else jnp.maximum(m, x.max(axis=1))
-                return scores, m
-
-            def give_back():
-                pl.when(q_used)(lambda: plgpu.barrier_arrive(q_empty.at[team]))
-
-            if turn is not None:
-                plgpu.barrier_wait(turn.at[wg])
-            acc = plgpu.ACC((ROWS, d.tile), jnp.float32)
-            scores, m = pl.run_scoped(score, *[acc] * count)
-            if not spread:
-                give_back()
-            pass_over(range(count, d.tiles))
-            if d.cap is None:
-                m = rows.mul_row(m, d.factor)
-            base = jnp.where(m == -jnp.inf, 0.0, m)
-
-            def weights(j):
-                """Those of tile j, and their sum."""
-                minus = across(-base, d.tile)
-                x = scores[j]
-                x = jnp.exp2(fma(x, d.factor, minus) if d.cap is None else x + minus)
-                return rows.give(x.astype(q_g.dtype)), rows.sum(x)
-
-            p = [weights(j) for j in range(1 if beside else count)]
-
-            if limit is not None:
-                for j in range(count):
-                    slot = slot_of(d.tiles + j, band)
-                    wait_for(d.tiles + j)
-                    skipped = start + j * d.tile
-                    clear(slot, low_key - skipped if windowed else None, last_key - skipped)
-
-            def weigh(acc):
-                total: Any = None
-                for j in range(count):
-                    slot = slot_of(d.tiles + j, band)
-                    if j == len(p):
-                        p.append(weights(j))
-                    mine, part = p[j]
-                    total = part if total is None else total + part
-                    if limit is None:
-                        wait_for(d.tiles + j)
-                    if interpret:  # the simulator's wgmma takes no registers
-                        p_s.at[wg][...] = mine
-                        mine = p_s.at[wg]
-                    plgpu.wgmma(acc, mine, kv_s.at[slot])
-                    if early:
-                        plgpu.wgmma_wait(0)
-                        release(d.tiles + j)
-                plgpu.wgmma_wait(0)
-                return acc[...], total
-
-            out, total = pl.run_scoped(weigh, plgpu.ACC((ROWS, d.band), jnp.float32))
-            if not early:
-                for j in range(count):
-                    release(d.tiles + j)
-            pass_over(range(d.tiles + count, 2 * d.tiles))
-            return m, total, [rows.take(out)]
-
-        def capped(x, cap):
-            """c tanh(score / c) in units of log2 e: c - 2 c / (e^(2 score / c) + 1)."""
-            power = jnp.exp2(x * d.factor)
-            part = exact("rcp.approx.ftz.f32", rows.layout, interpret, power + 1.0)
-            return fma(part, -2.0 * cap, cap)
-
-        def clear(slot, low, last):
-            """Zeros the rows of V before `low` and after `last`: they may hold anything.
-
-            Two consumers may do so at once: they write the same bytes, or other columns.
-            """
-            for r in range(0, d.tile, ROWS):
-                unseen = last < r + ROWS - 1
-                if low is not None:
-                    unseen |= low > r
-
-                @pl.when(unseen)
-                def _(r=r):
-                    part = kv_s.at[slot, pl.ds(r, ROWS)]
-                    row = r + plgpu.broadcasted_iota(
-                        jnp.int32, (ROWS, d.band), 0, layout=plgpu.Layout.WGMMA
-                    )
-                    v = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=True)
-                    seen = row <= last
-                    if low is not None:
-                        seen &= row >= low
-                    part[...] = jnp.where(seen, v, jnp.zeros_like(v))
-                    plgpu.commit_smem()
+        split = Splits(
+            d=d,
+            rows=rows,
+            spread=spread,
+            interpret=interpret,
+            dtype=q_g.dtype,
+            wg=wg,
+            band=band,
+            ring=ring,
+            q=q_mma,
+            kv=kv_s,
+            full=full,
+            empty=empty,
+            team=team,
+            q_empty=q_empty,
+            turn=turn,
+            weights=p_s,
+        )
 
         def nothing():
             """What a split is merged into first."""
@@ -374,9 +246,7 @@ def attention_kernel(
                 fill((rows.height, d.band), 0.0, rows.layout),
             )
 
-        def merge_splits(
-            begin, end, state, offset, q_slot, limit, low_key, last_key, used, count=d.tiles
-        ):
+        def merge_splits(begin, end, state, offset, q_slot, keys, used, count=d.tiles):
             """`state` and the splits begin..end; the team has walked `offset` splits before.
 
             The queries are given back once they have met split `used`.
@@ -384,11 +254,10 @@ def attention_kernel(
 
             def step(i, state):
                 at = (offset + i - begin) * split_slots
-                keys = limit, low_key, last_key
-                part = split(at, q_slot, i * d.kv_split, count, *keys, i == used)
+                part = split(at, q_slot, i * d.kv_split, count, keys, i == used)
                 m, total, out = state
                 m, total, (out,) = merge(
-                    (m, total, [out]), part, fma, rows.fma_row, lambda x: across(x, d.band)
+                    (m, total, [out]), part, rows.fma, rows.fma_row, lambda x: across(x, d.band)
                 )
                 return m, total, out
 
@@ -418,8 +287,9 @@ def attention_kernel(
                 plgpu.barrier_wait(q_full.at[0])
                 used = ends[0] - 1
                 pl.when(used < 0)(lambda: plgpu.barrier_arrive(q_empty.at[0]))
+                seen_whole = Keys(None, None, high)
                 if windowed:
-                    keys = limit, first_key(row), high
+                    keys = Keys(limit, first_key(row), high)
                     # Those that all rows see in full lie between two runs of masked ones.
                     unmasked = last + d.kv_split - d.sliding_window
                     unmasked = lax.clamp(0, lax.div(unmasked, d.kv_split), whole)
@@ -428,23 +298,21 @@ def attention_kernel(
                         begin, stop = (
                             jnp.where(i == 0, x, y) for x, y in ((0, whole), (unmasked, ends[0]))
                         )
-                        state = merge_splits(begin, stop, state, done + begin, slot, *keys, used)
+                        state = merge_splits(begin, stop, state, done + begin, slot, keys, used)
                         free = jnp.where(i == 0, whole, ends[0])
                         at = done + stop
-                        return merge_splits(stop, free, state, at, slot, None, None, high, used)
+                        return merge_splits(stop, free, state, at, slot, seen_whole, used)
 
                     _, total, out = lax.fori_loop(0, 2, run, nothing())
                 else:
                     state = nothing()
-                    state = merge_splits(0, whole, state, done, slot, None, None, high, used)
-                    begin = whole
+                    state = merge_splits(0, whole, state, done, slot, seen_whole, used)
+                    keys, begin = Keys(limit, None, high), whole
                     for count in sorted({d.tiles, 1}, reverse=True):
                         seen = lax.div(last + d.kv_split - (count - 1) * d.tile, d.kv_split)
                         stop = lax.clamp(begin, seen, ends[0])
-                        keys = limit, None, high
-                        state = merge_splits(
-                            begin, stop, state, done + begin, slot, *keys, used, count
-                        )
+                        at = done + begin
+                        state = merge_splits(begin, stop, state, at, slot, keys, used, count)
                         begin = stop
                     _, total, out = state
 
@@ -481,7 +349,7 @@ def attention_kernel(
 
             def item(_, done, row, head, first, end, high, splits):
                 window, cols = pl.ds(head * d.part_rows, d.rows), pl.ds(band * d.band, d.band)
-                keys = row_limit(row), first_key(row), high
+                keys = Keys(row_limit(row), first_key(row), high)
                 alone = first > 0  # what lies before is another team's
                 # With more rows there are no registers for it: the fold completes such a head.
                 whole = jnp.logical_not(alone) & (end == splits) if d.few else None
@@ -491,7 +359,7 @@ def attention_kernel(
                     begin = first + i
                     upto = jnp.where(alone, begin + 1, end)
                     m, total, out = merge_splits(
-                        begin, upto, nothing(), done + i, team, *keys, used=end - 1
+                        begin, upto, nothing(), done + i, team, keys, used=end - 1
                     )
 
                     def sums():
@@ -525,14 +393,12 @@ def attention_kernel(
 
         lax.cond(wg >= teams * consumers, produce, consume)
 
-    shape = (ROWS, _CHUNK) if decode else (d.queries, group, _CHUNK)
+    shape = (ROWS, CHUNK) if decode else (d.queries, group, CHUNK)
     barrier = plgpu.Barrier
     q_arrivals = s.wgs * chunks * (d.queries if interpret else 1)
     q_slots = teams if spread else s.wgs
     scratch: dict[str, Any] = dict(
-        q_s=_union(
-            (q_slots, chunks, *shape), (q_slots, chunks, ROWS, _CHUNK), q_g.dtype, interpret
-        ),
+        q_s=_union((q_slots, chunks, *shape), (q_slots, chunks, ROWS, CHUNK), q_g.dtype, interpret),
         kv_s=plgpu.SMEM((teams * slots, d.tile, d.band), q_g.dtype, transforms=_TILED),
         full=barrier(num_arrivals=d.tile // window, num_barriers=teams * slots),
         empty=barrier(num_arrivals=consumers, num_barriers=teams * slots),

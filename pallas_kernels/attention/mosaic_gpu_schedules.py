@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+CHUNK = 64  # 16-bit elements in one 128-byte swizzle row
 ROWS = 64  # wgmma's M: query rows of a tile
 SMS = 132  # of an H100 or H200 SXM
 # Of a spread grid: shares of contexts of 2^n keys end where heads do, and 128 reach all the memory.
