@@ -70,7 +70,7 @@ class Splits:
     ) -> tuple[Any, Any, list[Any]]:
         """The split whose keys begin at `start`, its copies at number `at`.
 
-        Of its tiles of keys the first `count` are looked at. If `q_used` the queries are given back.
+        Of its tiles of keys the first `count` are looked at. If `q_used`, q is given back.
         """
         d, rows = self.d, self.rows
 
