@@ -38,7 +38,7 @@ _INSIDE = frozenset(
 def fenced(arrays: Sequence[Any], floats: bool = True) -> list[Any]:
     """What enters or leaves a function that is traced within another: behind barriers.
 
-    One for each: a barrier for all would keep the gradient of an argument that has none.
+    One for each: behind a barrier for all, each would wait for all.
 
     Args:
       arrays: some of which may be constants of the other function.
