@@ -63,11 +63,12 @@ def distance(a, b) -> float:
 def check(seed: int, control: bool = True) -> dict:
     """The record of one program."""
     program = random_program(random.Random(seed).choice, seed)
-    bad, made = moved(program, jdet.batch_invariant(program), SIZES, seed)
+    bad, made = moved(program, program.under(jdet.batch_invariant), SIZES, seed)
     record = {"seed": seed, "program": str(program), "moved": bad}
     record["finite"] = bool(all(np.isfinite(np.asarray(v, np.float32)).all() for v in made))
     if control:
-        record["original_moved"], plain = moved(program, program, SIZES[::3], seed)
+        plainly = program.under(lambda original: original)
+        record["original_moved"], plain = moved(program, plainly, SIZES[::3], seed)
         far = [distance(a, b) for a, b in zip(plain, made, strict=True)]
         record["distance"] = max(far)
         # The gradient's error is not bounded by the output's: it is told, not judged.

@@ -230,6 +230,49 @@ def _divide(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
     return f"divided {kind}", forms[kind]
 
 
+def _constant(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
+    """Several constants of a row's shape, of floats or born of integers: XLA joins them."""
+    kind = pick(("weights", "ranks", "masks", "positions", "iota", "products"))
+    within = pick(("plain", "jit", "scan", "fori", "vmap", "cond"))
+    ranks = w.index(9, t * d).reshape(t, d)
+    forms = {
+        "weights": (lambda x, a, b: (x - a) + b, w(t, d), w(t, d)),
+        "ranks": (lambda x, a, b: x + a.astype(x.dtype) / 7 + b.astype(x.dtype), ranks, ranks[0]),
+        "masks": (
+            lambda x, a, b: jnp.where(a, 0.1, 0.7).astype(x.dtype) + x + b,
+            *(ranks > 3, w(t, d)),
+        ),
+        "positions": (
+            lambda x, a, b: x * jnp.cos(a.astype(x.dtype) * b) + jnp.sin(a.astype(x.dtype) * b),
+            *(jnp.arange(t)[:, None], w(d)),
+        ),
+        "iota": (
+            lambda x, a, b: (
+                jnp.arange(d, dtype=x.dtype) * 0.1 + a + x + jnp.eye(t, d, 0, x.dtype) * b
+            ),
+            *(w(t, d), w(d)),
+        ),
+        "products": (lambda x, a, b: x * a * b.astype(x.dtype) / 3, w(t, d), ranks),
+    }
+    f, *constants = forms[kind]
+
+    def step(x: Array, a: Array, b: Array) -> Array:
+        return f(x, a, b).astype(x.dtype)
+
+    def run(x: Array) -> Array:
+        calls = {
+            "plain": step,
+            "jit": jax.jit(step),
+            "scan": lambda x, a, b: lax.scan(lambda h, _: (step(h, a, b), ()), x, length=2)[0],
+            "fori": lambda x, a, b: lax.fori_loop(0, 2, lambda _, h: step(h, a, b), x),
+            "vmap": jax.vmap(step, in_axes=(0, None, None)),
+            "cond": lambda x, a, b: lax.cond(t > 1, step, lambda x, *_: x * 2, x, a, b),
+        }
+        return calls[within](x, *constants)
+
+    return f"constant {kind} {within}", run
+
+
 def _function(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
     name = pick(sorted(_FUNCTIONS))
     return name, _FUNCTIONS[name]
@@ -237,7 +280,7 @@ def _function(pick: Pick, w: _Weights, t: int, d: int) -> tuple[str, Any]:
 
 _KINDS = (
     *(_dense, _dense, _attention, _norm, _norm, _along, _move, _window, _control, _function),
-    *(_turned, _divide),
+    *(_turned, _divide, _constant),
 )
 
 
@@ -249,20 +292,32 @@ class RandomProgram:
       steps: names and functions, in order.
       t, d: extents of a row.
       dtype: of the rows and the weights.
+      given: arrays of a row's shape that are arguments: constants of whoever calls.
     """
 
     steps: tuple[Step, ...]
     t: int
     d: int
     dtype: str
+    given: tuple[Array, ...] = ()
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *given: Array) -> Array:
+        for constant in given:
+            x = x + constant.astype(x.dtype)
         for _, step in self.steps:
             x = step(x)
         return x
 
+    def under(self, transform: Callable[..., Any]) -> Callable[[Array], Array]:
+        """The transformed program on what is given, of x alone."""
+        made = transform(self)
+        return lambda x: made(x, *self.given)
+
     def __str__(self) -> str:
-        return f"{self.dtype}[B, {self.t}, {self.d}]: " + " | ".join(name for name, _ in self.steps)
+        return (
+            f"{'given, ' if self.given else ''}{self.dtype}[B, {self.t}, {self.d}]: "
+            + " | ".join(name for name, _ in self.steps)
+        )
 
     def rows(self, seed: int, count: int) -> Array:
         """Random rows [count, T, D]; row i is the same for every count."""
@@ -285,4 +340,5 @@ def random_program(pick: Pick, seed: int) -> RandomProgram:
         steps.append((name, step))
         out = jax.eval_shape(step, shape)
         shape = jax.ShapeDtypeStruct(out.shape, out.dtype)
-    return RandomProgram(tuple(steps), t, d, dtype)
+    given = weights(t, d), weights.index(9, t * d).reshape(t, d)
+    return RandomProgram(tuple(steps), t, d, dtype, pick(((), (), given)))

@@ -12,6 +12,7 @@ import jax
 from jdet.contract import Contract
 from jdet.ops import default_implementation
 from jdet.transform.choices import KEEP, TWIN, WARN
+from jdet.transform.constants import fenced
 from jdet.transform.interpreter import Entry, Run, retrace
 from jdet.transform.rules import Rules
 
@@ -83,7 +84,7 @@ def _transform(
     fn: Callable[..., Any], rules: Rules, strict: bool, args: Any, kwargs: Any
 ) -> tuple[Any, Run]:
     run = Run(rules, strict=strict)
-    out = retrace(lambda a, k: fn(*a, **k), (args, kwargs), run)
+    out = retrace(lambda a, k: fn(*a, **k), (args, kwargs), run, fenced)
     if unused := sorted(rules.exclude - run.used):
         raise ValueError(
             f"batch_invariant: exclude={unused} matches nothing in {_name(fn)}; it holds "

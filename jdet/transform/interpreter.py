@@ -6,11 +6,13 @@ they are traced when jax asks for them, and rewritten then.
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import core
 from jax.tree_util import tree_flatten, tree_unflatten
 
@@ -22,7 +24,7 @@ from jdet.compat import (
     wrap_function,
 )
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
-from jdet.transform.constants import Constants, hidden
+from jdet.transform.constants import Constants, fenced, seen_inside
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
 from jdet.transform.transpositions import read_through, written_in_place
@@ -82,8 +84,16 @@ def _is_array(leaf: Any) -> bool:
     return True
 
 
-def retrace(function: Callable[..., Any], args: Sequence[Any], run: Run) -> Any:
-    """`function(*args)`, traced and bound again with twins; what is no array is static."""
+def retrace(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    run: Run,
+    fence: Callable[[list[Any]], list[Any]] = list,
+) -> Any:
+    """`function(*args)`, traced and bound again with twins; what is no array is static.
+
+    `fence` is what the arrays pass that enter and leave.
+    """
     leaves, tree = tree_flatten(list(args), is_leaf=_opaque)
     places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     store: list[Any] = []
@@ -100,7 +110,7 @@ def retrace(function: Callable[..., Any], args: Sequence[Any], run: Run) -> Any:
 
     jaxpr = trace_jaxpr(flat, [jax.typeof(leaves[i]) for i in places])
     out_tree, out, fixed = store
-    made = iter(evaluate(jaxpr, [leaves[i] for i in places], run))
+    made = iter(fence(evaluate(jaxpr, fence([leaves[i] for i in places]), run)))
     return tree_unflatten(
         out_tree, [next(made) if array else leaf for array, leaf in zip(out, fixed, strict=True)]
     )
@@ -111,8 +121,11 @@ def _opaque(leaf: Any) -> bool:
     return type(leaf).__name__ in ("Zero", "SymbolicZero", "UndefinedPrimal") or leaf is None
 
 
-def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
-    """The outputs of a closed jaxpr on `args`."""
+def evaluate(
+    jaxpr: core.Jaxpr, args: Sequence[Any], run: Run, seen: Sequence[bool] | None = None
+) -> list[Any]:
+    """The outputs of a closed jaxpr on `args`; `seen` are constants in the eyes of XLA."""
+    constants = Constants(jaxpr, seen or [False] * len(args))
     values: dict[Any, Any] = {}
     copies: dict[Any, Iterator[Any]] = {}
 
@@ -126,6 +139,8 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
 
     def define(variables: Sequence[Any], made: Sequence[Any]) -> None:
         for variable, value in zip(variables, made, strict=True):
+            if variable in constants.born:
+                value = lax.optimization_barrier(value)
             values[variable] = value
             if counts[variable] > 1:
                 copies[variable] = fanned(value, counts[variable], run.rules)
@@ -135,17 +150,16 @@ def evaluate(jaxpr: core.Jaxpr, args: Sequence[Any], run: Run) -> list[Any]:
             return atom.val
         return next(copies[atom]) if atom in copies else values[atom]
 
-    constants = Constants()
-    define(jaxpr.constvars, list(map(hidden, jaxpr.consts)))
+    define(jaxpr.constvars, jaxpr.consts)
     define(jaxpr.invars, args)
 
     for equation in equations:
         with equation_context(equation):
-            results = _bind(equation, [read(atom) for atom in equation.invars], run)
+            operands = [read(atom) for atom in equation.invars]
+            results = _bind(equation, operands, run, constants.of(equation))
             if not equation.primitive.multiple_results:
                 results = [results]
-            results = constants.kept(equation, results)
-        define(equation.outvars, results)
+            define(equation.outvars, results)
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -153,7 +167,7 @@ def _choice(equation: core.JaxprEqn, run: Run) -> Choice:
     return choose(equation, run.rules, source_of(equation) or run.source)
 
 
-def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+def _bind(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     primitive, name = equation.primitive, equation.primitive.name
     params = equation.params
     own = source_of(equation)
@@ -162,7 +176,7 @@ def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     if choice.excluded:
         run.used.add(choice.excluded)
     elif name in _INSIDE:
-        return _INSIDE[name](equation, args, run)
+        return _INSIDE[name](equation, args, run, seen)
     if not run.quiet:
         shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
         run.entries.append(Entry(original(primitive).name, shapes, choice, own, run.path))
@@ -179,22 +193,32 @@ def _bind(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
 _REWRITTEN: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
-def rewritten(jaxpr: core.Jaxpr, run: Run, equation: core.JaxprEqn) -> core.Jaxpr:
-    """The closed jaxpr of an equation rewritten, once for each set of rules."""
+def rewritten(
+    jaxpr: core.Jaxpr, run: Run, equation: core.JaxprEqn, seen: Sequence[bool]
+) -> core.Jaxpr:
+    """The closed jaxpr of an equation rewritten, once for each set of rules.
+
+    `seen`: which operands of the equation are constants that XLA may see.
+    """
+    inputs = seen_inside(equation, jaxpr, seen)
     label, source = _label(equation), source_of(equation) or run.source
     known = _REWRITTEN.setdefault(jaxpr, {})
     # One that is called from several lines is one function, unless a line may be excluded.
     place = source if any(":" in item for item in run.rules.exclude) else ""
-    key = run.rules, run.strict, run.quiet, place
+    key = run.rules, run.strict, run.quiet, place, inputs
     if key not in known:
         inner = Run(run.rules, run.strict, run.quiet, source=source)
-        made = trace_jaxpr(lambda *args: evaluate(jaxpr, args, inner), jaxpr.in_avals, like=jaxpr)
+
+        def again(*args: Any) -> list[Any]:
+            return evaluate(jaxpr, args, inner, inputs)
+
+        made = trace_jaxpr(again, jaxpr.in_avals, like=jaxpr)
         known[key] = made, tuple(inner.entries), frozenset(inner.used)
     made, entries, used = known[key]
     path = (*run.path, label)
     for e in entries:
-        seen = dataclasses.replace(e, path=(*path, *e.path), source=e.source or source)
-        run.entries.append(seen)
+        here = dataclasses.replace(e, path=(*path, *e.path), source=e.source or source)
+        run.entries.append(here)
     run.used |= used
     return made
 
@@ -204,12 +228,12 @@ def _label(equation: core.JaxprEqn) -> str:
     return f"{equation.primitive.name} {name}" if name else equation.primitive.name
 
 
-def _inside(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+def _inside(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     """Rewrites every jaxpr among the parameters."""
 
     def new(value: Any) -> Any:
         if isinstance(value, core.Jaxpr):
-            return rewritten(value, run, equation)
+            return rewritten(value, run, equation, seen)
         if isinstance(value, tuple) and any(isinstance(v, core.Jaxpr) for v in value):
             return tuple(map(new, value))
         return value
@@ -219,13 +243,13 @@ def _inside(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
     return primitive.bind(*args, **primitive.get_bind_params(params))
 
 
-def _shard_map(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+def _shard_map(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     """By jax's own function, under which the names of the mesh's axes are known."""
     source = source_of(equation) or run.source
     inner = dataclasses.replace(run, path=(*run.path, _label(equation)), source=source)
 
     def body(*shards: Any) -> tuple[Any, ...]:
-        return tuple(evaluate(equation.params["jaxpr"], shards, inner))
+        return tuple(evaluate(equation.params["jaxpr"], shards, inner, seen))
 
     return jax.jit(shard_map_of(equation, body))(*args)
 
@@ -252,23 +276,27 @@ class _Policy:
         return repr(self.policy)
 
 
-def _checkpoint(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
-    params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, equation))
+def _checkpoint(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
+    params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, equation, seen))
     if params["policy"] is not None and not isinstance(params["policy"], _Policy):
         params["policy"] = _Policy(params["policy"])
     return equation.primitive.bind(*args, **equation.primitive.get_bind_params(params))
 
 
-def _custom(equation: core.JaxprEqn, args: list[Any], run: Run) -> Any:
+def _custom(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     """custom_jvp and custom_vjp: the function is rewritten now, its rules when they are used."""
     primitive = equation.primitive
     params = primitive.get_bind_params(equation.params)
-    jaxpr = rewritten(equation.params["call_jaxpr"], run, equation)
+    jaxpr = rewritten(equation.params["call_jaxpr"], run, equation, seen)
     quiet = Run(run.rules, quiet=True)
+    fence = functools.partial(fenced, floats=False)  # those are hidden where they were made
     _, *derived = params.pop("subfuns")
 
     def later(rule: Any) -> Any:
-        return wrap_function(lambda *xs: retrace(rule.call_wrapped, xs, quiet), like=rule)
+        def apply(*args: Any) -> Any:
+            return retrace(rule.call_wrapped, args, quiet, fence)
+
+        return wrap_function(apply, like=rule)
 
     function = wrap_function(core.jaxpr_as_fun(jaxpr), like=jaxpr)
     subfuns = (function, *map(later, derived))
