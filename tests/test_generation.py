@@ -1,6 +1,7 @@
 """`jdet.generate` and `jdet.score`: what people call."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -155,23 +156,29 @@ def test_steps_between_two_looks_change_nothing(
     prompts = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 5, 8, 9]], np.int32)
     lengths = np.array([5, 3, 5], np.int32)
 
-    def run(steps: int, last: int) -> tuple[jdet.decoding.GeneratedTokens, str]:
+    def sampling(last: int) -> jdet.sampling.SamplingArrays:
+        rows = [greedy(4), greedy(11, stop_token_ids=(last,)), greedy(10)]
+        return jdet.sampling_arrays(rows)
+
+    def compiled(steps: int) -> tuple[Callable[[int], jdet.decoding.GeneratedTokens], str]:
         monkeypatch.setattr(jdet.decoding, "_STEPS_A_LOOK", {"cpu": steps})
         jitted = jdet.jit(
             functools.partial(jdet.generate_tokens, ops=m.ops, max_tokens=11, cache_fill=jnp.nan)
         )
-        params = [greedy(4), greedy(11, stop_token_ids=(last,)), greedy(10)]
-        lowered = jitted.lower(m.decoder, prompts, lengths, jdet.sampling_arrays(params))
-        compiled = lowered.compile()
-        out = compiled(m.decoder, prompts, lengths, jdet.sampling_arrays(params))
-        return out, compiled.as_text()
 
-    free, _ = run(1, m.config.vocab_size - 1)
-    last = int(free.token_ids[1, 6])
-    (one, short), (eight, long) = run(1, last), run(8, last)
+        program = jitted.lower(m.decoder, prompts, lengths, sampling(0)).compile()
+
+        def run(last: int) -> jdet.decoding.GeneratedTokens:
+            return program(m.decoder, prompts, lengths, sampling(last))
+
+        return run, program.as_text()
+
+    (one, short), (eight, long) = compiled(1), compiled(8)
     assert 'known_trip_count":{"n":"8"' in long and 'known_trip_count":{"n":"8"' not in short
-    assert one.count.tolist()[0] == 4 and one.count.tolist()[2] == 10 and one.stopped[1]
-    for a, b in zip(one, eight, strict=True):
+    last = int(one(m.config.vocab_size - 1).token_ids[1, 6])
+    ended = one(last)
+    assert ended.count.tolist()[::2] == [4, 10] and ended.stopped[1]
+    for a, b in zip(ended, eight(last), strict=True):
         assert_same_bits(a, b)
 
 
