@@ -27,7 +27,7 @@ from jdet.transform.fixed import inexact
 _UNIFORM = frozenset("broadcast_in_dim convert_element_type neg reshape squeeze".split())
 
 # The equations that the interpreter reads inside.
-_INSIDE = frozenset(
+INSIDE = frozenset(
     """
     jit pjit closed_call scan while cond shard_map remat2 checkpoint custom_jvp_call
     custom_vjp_call
@@ -76,7 +76,7 @@ class Constants:
         self.born: set[Any] = set()
         self._add(jaxpr.constvars, uniform=False)
         for equation in jaxpr.eqns:
-            if equation.primitive.name in _INSIDE:
+            if equation.primitive.name in INSIDE:
                 self.seen |= set(self._leaving(equation))
             elif all(self.of(equation)):
                 avals: list[Any] = [atom.aval for atom in equation.invars]

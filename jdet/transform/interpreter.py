@@ -24,7 +24,7 @@ from jdet.compat import (
     wrap_function,
 )
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
-from jdet.transform.constants import Constants, fenced, seen_inside
+from jdet.transform.constants import INSIDE, Constants, fenced, seen_inside
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
 from jdet.transform.transpositions import read_through, written_in_place
@@ -304,7 +304,7 @@ def _custom(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[b
 
 
 _INSIDE = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "scan", "while", "cond"), _inside),
+    **dict.fromkeys(INSIDE, _inside),
     "shard_map": _shard_map,
     **dict.fromkeys(("remat2", "checkpoint"), _checkpoint),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),

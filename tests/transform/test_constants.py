@@ -15,7 +15,7 @@ from jax import lax
 
 import jdet
 
-T, D = 3, 8
+T, D = 3, 12
 RANKS = np.arange(T * D).reshape(T, D)
 TURNED = np.ascontiguousarray(RANKS[::-1])
 RANDOM = np.random.default_rng(0).standard_normal((3, T, D), np.float32)
@@ -27,6 +27,8 @@ def bodies(x: Any, a: Any, b: Any, ranks: Any, turned: Any) -> dict[str, Any]:
     first, second = ranks.astype(x.dtype), turned.astype(x.dtype)
     return {
         "sums": (x - a) + b,
+        "products": x * a * b,
+        "iota": x + jnp.arange(D, dtype=x.dtype) * 0.1 + b,
         "floats of integers": x * 0.3 + first / 7 + second / 3,
         "masks": jnp.where(ranks > 9, 0.1, 0.7) + x + jnp.where(turned > 20, 1.3, 0.37),
         # XLA's values of functions, when it computes them, are other ones than the program's.
@@ -90,6 +92,7 @@ def test_constants_of_the_caller():
     """To the transformation they are inputs."""
     fixed = jdet.batch_invariant(summed)
     assert not moved(lambda x: fixed(x, *CONSTANTS))
+    assert moved(lambda x: summed(x, *CONSTANTS))
 
 
 def test_cotangents_that_are_constants():
