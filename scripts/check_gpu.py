@@ -46,6 +46,7 @@ SOME_M = (1, 9, 17, 65, 129, 257, 1000, TOP)
 REAL_M = (1, 2, 7, 8, 9, 16, 31, 32, 64, 65, 128, 129, 256, 257, 512, 1000, TOP)
 RAGGED = (1000, 1088)  # N no multiple of a tile; K / leaves ends in a tail for 2 and 8 leaves
 TAIL = (1000, 1032)  # K tail of 8 without leaves
+NARROW = (300, 192)  # N a multiple of 4, where results of 16 bits want 8
 GATED_TAIL = (2000, 1032)  # half of N no multiple of a tile either
 GATED_M = (1, 7, 8, 9, 17, 63, 64, 65, 129, 257, 1000, TOP)
 SMOLLM2 = ((576, 576), (960, 576), (1536, 576), (576, 1536), (3072, 576), (49152, 576))
@@ -340,6 +341,8 @@ def k_first_jobs(quick):
         every = EVERY_M if leaves == 1 and not quick else SOME_M
         for s in schedules(TOP, *nk, "bfloat16", leaves, k_last=False):
             jobs.append(job("schedules", nk, every, leaves, out="float32", schedule=s))
+    for s in schedules(TOP, *NARROW, "bfloat16", k_last=False):
+        jobs.append(job("schedules", NARROW, (9, 257), out="float32", schedule=s))
     if not quick:
         for s in schedules(TOP, *TAIL, "bfloat16", k_last=False):
             jobs.append(job("schedules", TAIL, (9, 257), bias=True, schedule=s))
@@ -380,6 +383,7 @@ def float32_jobs(quick):
             jobs.append(job("default", nk, SOME_M, leaves, k_last=k_last))
         jobs.append(job("default", (4096, 4096), SOME_M, k_last=k_last))
         jobs.append(job("default", (2048, 128), SOME_M[1:], k_last=k_last))
+        jobs.append(job("default", NARROW, SOME_M, k_last=k_last))
         every = schedules(TOP, *TAIL, "float32", k_last=k_last)
         for s in every[:: 4 if quick else 1]:
             jobs.append(job("schedules", TAIL, (9, 257), k_last=k_last, schedule=s))

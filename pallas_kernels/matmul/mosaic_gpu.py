@@ -47,8 +47,9 @@ instruction. With a batch, [B, M, K] x [B, N, K], the walk goes over the tiles o
 shared memory. So one accumulator holds both results of a pair, in one thread; they are rounded
 as `matmul` rounds them before the gate sees them.
 
-Ragged edges: every dimension is clipped by the copy engine (zeros in, nothing out), K at the
-end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
+Ragged edges: the last tiles of M and N end with the last row and column, over those of the tile
+before; what is smaller than a tile, and K, is clipped by the copy engine (zeros in, nothing out), K
+at the end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
 of 16 bits (one 128-byte swizzle row) both are the same bytes, so each buffer is a union of
 the two views. K / leaves must be a multiple of 8 (16-byte strides); N that is none is
@@ -111,14 +112,14 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
     if gate is not None:
         n //= 2
         w = w.reshape(2, n, k)
-    if not k_last and n % 8:
-        w = jnp.pad(w, (*[(0, 0)] * (w.ndim - 1), (0, -n % 8)))
+    # Rows of y must begin at multiples of 16 bytes, and so must a tile's columns of y and w [K, N].
+    wide = n + -n % 8
+    if not k_last and wide > n:
+        w = jnp.pad(w, (*[(0, 0)] * (w.ndim - 1), (0, wide - n)))
     if leaves > 1:
         cut = (leaves, k // leaves)
         x = x.reshape(*lead, m, *cut)
         w = w.reshape(*lead, *((n, *cut) if k_last else (*cut, w.shape[-1])))
-    lane = 16 // out_dtype.itemsize
-    wide = pl.cdiv(n, lane) * lane  # rows of y must start at multiples of 16 bytes
     args = (x, w)
     if bias is not None:
         args += (jnp.pad(bias, (0, -n % (s.bn * s.cn))),)

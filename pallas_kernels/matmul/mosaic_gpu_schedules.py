@@ -174,8 +174,14 @@ _SMALL = {bn: deepest("normal", 64, bn, bk=128) for bn in (32, 48, 64, 96, 128, 
 # Of few rows of w, so that more SMs stream some. Wider tiles are the choice above 16 rows of x:
 # each of these reads all of x.
 _THIN = deepest("normal", 64, 16, bk=256)
-_PAIRS = {bn: deepest("normal", 128, bn, wgs=2, cn=2, group=8) for bn in (48, 64, 96)}
-_PAIRS[32] = deepest("normal", 128, 32, bk=128, wgs=2, cn=2)
+# Of few rows of x: half of the SMs, each with more of w on its way, bring w sooner than all.
+_FEW = {bm: deepest("swapped", bm, 64, bk=bk) for bm, bk in ((8, 256), (16, 256), (32, 128))}
+# Two blocks of 64 rows of x that share each tile of w. A block that reads all 128 reads them from
+# shared memory again for each few rows of w, which takes longer than w does to come.
+_HALVES = {bn: deepest("normal", 64, bn, bk=128, cm=2) for bn in (32, 48, 64, 96, 128)}
+_HALVES[16] = deepest("normal", 64, 16, bk=256, cm=2)
+_128X64_HALVES = deepest("normal", 128, 64, wgs=2, cm=2)
+_128X64_PAIR = deepest("normal", 128, 64, wgs=2, cn=2, group=8)
 _128X80 = deepest("normal", 128, 80, wgs=2, cm=2, cn=2, group=8)
 _128X96 = deepest("normal", 128, 96, wgs=2, cm=2, group=8)
 _128X128 = deepest("normal", 128, 128, wgs=2, group=8)
@@ -185,28 +191,47 @@ _128X256 = deepest("normal", 128, 256, wgs=2, group=8)
 _128X256_PAIR = deepest("normal", 128, 256, wgs=2, cm=2, group=8)
 _256X192 = deepest("normal", 256, 192, wgs=2, group=4, slots=1)
 
-# Elements of w that are streamed in the time (0.3 us) between a tile's last step and the next one's
-# first: most of what a tile of a short K costs (h200-transform-decode.json).
-_TURN = 4096
+# Elements of w that are streamed in the time (1 us) between a tile's last step and the next one's
+# first: most of what a tile of a short K costs (h200-matmul-sweep.json).
+_TURN = 16384
 
 _LARGE = (
     (_256X192, 1580),
     (_128X192, 820),
     (_128X128, 555),
     (_128X96, 525),
-    (_PAIRS[64], 524),
+    (_128X64_PAIR, 524),
 )
+
+_OF_UP_TO_16 = (*((_SMALL[bn], bn) for bn in (192, 96, 64, 48, 32)), (_THIN, 16))
 
 # (largest M, ((schedule, cost of one tile), ...)): the choice is the least cost of all waves of
 # tiles, the first of equals. Up to M = 128 a tile costs the rows of w it streams and its own
 # `_TURN`; above, the clock cycles of 64 elements of K, measured on an H100
-# (scripts/bench/matmul.py --sweep).
+# (scripts/bench/matmul.py --sweep) and an H200 (h200-matmul-sweep.json).
 _CHOICES = (
-    (16, (*((_SMALL[bn], bn) for bn in (96, 64, 48, 32)), (_THIN, 16))),
-    (32, tuple((_SMALL[bn], bn) for bn in (96, 64, 48, 32))),
+    *((bm, ((_FEW[bm], 64), *_OF_UP_TO_16)) for bm in (8, 16)),
+    (32, ((_FEW[32], 64), *((_SMALL[bn], bn) for bn in (96, 64, 48, 32)))),
     (64, tuple((_SMALL[bn], bn) for bn in (192, 128, 96, 64, 48, 32))),
-    (128, ((_128X128_K128, 128), *((_PAIRS[bn], bn) for bn in (96, 64, 48, 32)))),
-    (256, ((_128X80, 440), (_128X96, 525), (_128X128, 555), (_128X192, 840), (_128X256, 1080))),
+    (
+        128,
+        (
+            (_128X128_K128, 128),
+            (_128X192, 196),  # measured: 2 % over what it streams
+            *((_HALVES[bn], bn // 2) for bn in (128, 96, 64, 48, 32, 16)),
+        ),
+    ),
+    (
+        256,
+        (
+            (_128X64_HALVES, 430),
+            (_128X80, 440),
+            (_128X96, 525),
+            (_128X128, 555),
+            (_128X192, 840),
+            (_128X256, 1080),
+        ),
+    ),
     (1536, ((_128X256, 1060), *_LARGE)),
     (1 << 31, ((_128X256_PAIR, 1060), *_LARGE)),
 )
@@ -218,6 +243,11 @@ _K_FIRST_SMALL = {
 # Measured on an H100: these are faster as the N side.
 _K_FIRST_SMALL |= {bm: (*_K_FIRST_SMALL[bm][:2], (_SMALL[64], 64)) for bm in (8, 16, 32)}
 _K_FIRST_SMALL[64] = ((_SMALL[192], 192), *_K_FIRST_SMALL[64][1:])
+_K_FIRST_SMALL[128] = (
+    *_K_FIRST_SMALL[128][:2],
+    (deepest("swapped", 64, 64, bk=128, cm=2), 64),
+    _K_FIRST_SMALL[128][2],
+)
 _256X128 = deepest("swapped", 256, 128, wgs=2, group=4)
 _K_FIRST_LARGE = (
     (deepest("swapped", 192, 256, wgs=2, group=4, slots=1), 1580),
@@ -240,7 +270,6 @@ _REGISTERED = tuple(
             deepest("normal", 64, 64, bk=128, cn=2),
             deepest("normal", 64, 192, wgs=2, split="n"),
             deepest("normal", 256, 128, wgs=2, cn=2, group=4),
-            deepest("swapped", 8, 64, bk=256),
             deepest("swapped", 16, 128, bk=128, wgs=2),
             deepest("swapped", 32, 192, wgs=3),
             deepest("swapped", 64, 64, bk=128, cn=2),
@@ -259,10 +288,9 @@ _GATED = (
     deepest("swapped", 16, 128, bk=128, gated=True),
     deepest("swapped", 64, 128, wgs=2, split="n", gated=True),
 )
-# Of few rows the widest tile is the first of equals (h200-matmul-gated-sweep.json).
 _GATED_CHOICES = tuple(
     (largest, tuple((_gated(s), of_tile) for s, of_tile in choices if s.can_gate))
-    for largest, choices in ((16, ((_SMALL[192], 192), *_CHOICES[0][1])), *_CHOICES[1:])
+    for largest, choices in _CHOICES
 )
 
 
@@ -309,8 +337,12 @@ def default_schedule(
 
     def cost(s: Schedule, of_tile: int) -> float:
         clusters = batch * -(-m // (s.bm * s.cm)) * -(-n // (s.bn * s.cn))
+        waves = -(-clusters // s.resident)
+        share = 1.0
+        if waves == 1 and s in _FEW.values() and k >= s.bk:
+            share = max(0.5, clusters / s.resident)
         turn = _TURN / k if m <= 128 else 0.0
-        return -(-clusters // s.resident) * (of_tile + turn)
+        return waves * (of_tile * share + turn)
 
     costs = {s: cost(s, of_tile) for s, of_tile in choices if s in every}
     if not costs:

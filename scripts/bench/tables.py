@@ -96,12 +96,9 @@ def rows() -> str:
     return _table(["", "jdet us", "XLA us", "floor us", "ratio"], lines)
 
 
-def model(*names: str) -> str:
-    """Decode step and prefill of a shape: of each row, the first of the files that has it."""
-    found: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for name in names:
-        for r in _load(name)["rows"]:
-            found.setdefault((r["what"], r["batch"], r["length"]), r)
+def model(name: str) -> str:
+    """Decode step and prefill of a shape."""
+    found = {(r["what"], r["batch"], r["length"]): r for r in _load(name)["rows"]}
     lines = []
     for _, r in sorted(found.items()):
         best = min(r[k] for k in ("xla_ms", "xla_cudnn_ms") if k in r)
@@ -190,9 +187,9 @@ def tables() -> dict[str, str]:
         "attention": attention(),
         "rows": rows(),
         "cards": cards(),
-        "model-h200": model("h200-qwen3-8b-4.json", "h200-qwen3-8b-3.json"),
+        "model-h200": model("h200-qwen3-8b-5.json"),
         "model-h100": model("h100-qwen3-8b-first.json"),
-        "mixture": model("h200-qwen3-30b-a3b-4.json", "h200-qwen3-30b-a3b-3.json"),
+        "mixture": model("h200-qwen3-30b-a3b-5.json"),
         "engine": engine(),
         "grouped": grouped(),
     }

@@ -6,6 +6,7 @@ copies, barriers, clusters, tails and masks of each kind of schedule are run on 
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -194,8 +195,29 @@ def test_default_is_registered_and_has_room(leaves, k_last):
 
 def test_a_short_k_takes_wide_tiles_where_there_are_many():
     """Scores of a batch of 32 with 8 heads of keys: a tile's own time weighs more than its rows."""
-    assert mosaic_gpu.default_schedule(4, 1024, 128, jnp.bfloat16, batch=256).bn == 96
+    assert mosaic_gpu.default_schedule(4, 1024, 128, jnp.bfloat16, batch=256).bn == 192
     assert mosaic_gpu.default_schedule(4, 1024, 128, jnp.bfloat16, batch=8).bn == 64  # one each
+
+
+def test_few_rows_take_one_wave_of_tall_tiles_and_many_share_w():
+    def default(m, n, k):
+        return mosaic_gpu.default_schedule(m, n, k, jnp.bfloat16)
+
+    assert {default(m, 4096, 4096).kind for m in (1, 8, 9, 16, 17, 32)} == {"swapped"}
+    assert default(8, 10_240, 5120).kind == "normal"  # 160 tiles of 64 rows: two waves
+    assert default(8, 1024, 1024).bn == 16  # 16 tiles of 64 rows: too few multiprocessors
+    assert {default(m, 4096, 12_288).cm for m in (65, 127, 128)} == {2}
+
+
+@pytest.mark.parametrize("n", [300, 301, 304])
+def test_a_tile_begins_at_multiples_of_16_bytes(n):
+    """Of w [K, N] and y: the copy engine takes no other columns (h200-check-matmul-narrow.json)."""
+    x, w = jnp.zeros((9, 192), jnp.bfloat16), jnp.zeros((192, n), jnp.bfloat16)
+    made = jax.make_jaxpr(
+        lambda x, w: mosaic_gpu.matmul(x, w, k_last=False, out_dtype=jnp.float32)
+    )(x, w)
+    assert "f32[9,304]" in str(made) and "bf16[192,304]" in str(made)
+    assert all(s.out_cols % 8 == 0 for s in mosaic_gpu.schedules(9, n, 192, jnp.bfloat16))
 
 
 def test_every_schedule_states_its_budget():
