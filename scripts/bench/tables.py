@@ -1,8 +1,8 @@
-"""The Markdown tables of the README, made from the committed results.
+"""The Markdown tables of the README and of docs/, made from the committed results.
 
     python scripts/bench/tables.py
 
-Each table stands in the README between `<!-- table NAME -->` and `<!-- end -->`; a test
+Each table stands in one page between `<!-- table NAME -->` and `<!-- end -->`; a test
 compares them, so that no figure there can differ from its file.
 """
 
@@ -178,7 +178,7 @@ def cards() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every table by its name in the README."""
+    """Every table by its name in the pages."""
     return {
         "demo-cpu": demo("demo-cpu.json"),
         "demo-h200": demo("h200-demo-1000.json"),
