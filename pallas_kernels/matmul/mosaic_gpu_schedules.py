@@ -243,7 +243,7 @@ _K_FIRST_SMALL = {
 # Measured on an H100: these are faster as the N side.
 _K_FIRST_SMALL |= {bm: (*_K_FIRST_SMALL[bm][:2], (_SMALL[64], 64)) for bm in (8, 16, 32)}
 _K_FIRST_SMALL[64] = ((_SMALL[192], 192), *_K_FIRST_SMALL[64][1:])
-_K_FIRST_SMALL[128] = (
+_K_FIRST_SMALL[128] = (  # halves that share w, before the tile of all rows
     *_K_FIRST_SMALL[128][:2],
     (deepest("swapped", 64, 64, bk=128, cm=2), 64),
     _K_FIRST_SMALL[128][2],
