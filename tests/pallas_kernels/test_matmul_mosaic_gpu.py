@@ -128,6 +128,14 @@ def test_row_does_not_follow_the_batch(operands, assert_same_bits, schedule):
         assert_same_bits(simulated(x[:m], w, schedule=schedule), whole[:m], f"M={m}")
 
 
+def test_the_last_tiles_end_with_the_matrix(operands, assert_same_bits):
+    """Rows 1 to 64 and columns 8 to 39 are a tile; those that two tiles share are written alike."""
+    x, w, bias = operands(65, 40, 136)
+    y = simulated(x, w, bias, schedule=Schedule("normal", 64, 32, stages=2, cm=2))
+    assert_right(y, x, w, bias)
+    assert_same_bits(y, simulated(x, w, bias, schedule=SWAPPED))
+
+
 @pytest.mark.parametrize(
     ("schedule", "leaves"), [(NORMAL, 8), (SWAPPED, 2)], ids=["normal", "swapped"]
 )
