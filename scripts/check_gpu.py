@@ -14,7 +14,8 @@ Section matmul, on fixed inputs (normal, from a seed):
 
 Section matmul_k_first does the first two with w [K, N], against the same reference, which has
 w [N, K]. Section matmul_batch, in both layouts, gives each entry of a batch other rows and the
-same w. Section matmul_float32 is section matmul with float32 operands, in both layouts.
+same w. Section matmul_several, in both layouts, cuts w in several, and multiplies x by all of
+them in one launch. Section matmul_float32 is section matmul with float32 operands, in both layouts.
 
 Section gated_matmul does the same, w being gate and up. Its reference is made of two kernels:
 the matmul under its reference schedule, and the gate's instructions on what that returns. And:
@@ -86,6 +87,7 @@ def _bits(y):
 
 def _op(job, schedule):
     """The job's op as a function of x, w and bias."""
+    import jax
     import jax.numpy as jnp
 
     from jdet.pallas_kernels.gated_matmul import mosaic_gpu as gated
@@ -94,11 +96,15 @@ def _op(job, schedule):
     if job["op"] == "gated_matmul":
         fixed = {"activation": job["activation"], "schedule": schedule}
         return lambda x, w, b: gated.gated_matmul(x, w, **fixed)
-    k_last, batch = job["k_last"], job["batch"]
+    k_last, batch, cuts = job["k_last"], job["batch"], job["cuts"]
     fixed = {"leaves": job["leaves"], "out_dtype": job["out"], "schedule": schedule}
 
     def op(x, w, b):
         w = w if k_last else w.T
+        if cuts:
+            # Written each by itself, or XLA passes slices as they lie, at multiples of 64 bytes.
+            ws = jax.lax.optimization_barrier(jnp.split(w, cuts, 0 if k_last else 1))
+            return jnp.concatenate(mosaic_gpu.matmuls(x, ws, k_last=k_last, **fixed), 1)
         if batch == 1:
             return mosaic_gpu.matmul(x, w, bias=b, k_last=k_last, **fixed)
         xs, ws = x.reshape(batch, -1, x.shape[1]), jnp.broadcast_to(w, (batch, *w.shape))
@@ -156,7 +162,7 @@ def _reference(job):
     key = ("reference", *(job[name] for name in names))
     if key not in _CACHE:
         first = mosaic_gpu.schedules(TOP, n, k, dtype, job["leaves"])[0]
-        plain = {**job, "op": "matmul", "k_last": True, "batch": 1}
+        plain = {**job, "op": "matmul", "k_last": True, "batch": 1, "cuts": ()}
         y = _op(plain, first)(x, w, b if job["bias"] else None)
         if job["op"] == "gated_matmul":
             y = jax.jit(lambda y: _gate(job["activation"], *jnp.split(y, 2, axis=1)))(y)
@@ -295,6 +301,7 @@ def _job(op, check, nk, ms, leaves=1, dtype="bfloat16", out="bfloat16", bias=Fal
         "activation": "silu",  # of gated_matmul
         "k_last": True,
         "batch": 1,
+        "cuts": (),  # of w, between the products of one launch
         **rest,
     }
 
@@ -372,6 +379,25 @@ def batch_jobs(quick):
     return _longest_first(jobs)
 
 
+def several_jobs(quick):
+    """Several products of one x: every schedule, and what users get."""
+    from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
+
+    jobs = []
+    for k_last in (True, False):
+        job = functools.partial(_job, "matmul", k_last=k_last)
+        for leaves, nk in ((1, TAIL), (2, RAGGED), (8, RAGGED)):
+            ms = SOME_M if leaves == 1 and not quick else (9, 65, 257)
+            for s in schedules(TOP, *nk, "bfloat16", leaves, k_last=k_last):
+                fixed = {"out": "float32", "schedule": s}
+                jobs.append(job("schedules", nk, ms, leaves, cuts=(404, 412), **fixed))
+        jobs.append(job("default", (6144, 4096), REAL_M, cuts=(4096, 5120)))
+        jobs.append(job("default", (24576, 4096), REAL_M, cuts=(12288,)))
+        for dtype, nk in (("float16", TAIL), ("float32", TAIL), ("float32", NARROW)):
+            jobs.append(job("default", nk, SOME_M, dtype=dtype, out=dtype, cuts=(100, 196)))
+    return _longest_first(jobs)
+
+
 def float32_jobs(quick):
     """Float32 operands."""
     from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import schedules
@@ -415,6 +441,7 @@ SECTIONS = {
     "matmul": matmul_jobs,
     "matmul_k_first": k_first_jobs,
     "matmul_batch": batch_jobs,
+    "matmul_several": several_jobs,
     "matmul_float32": float32_jobs,
     "gated_matmul": gated_matmul_jobs,
     "gated_matmul_gelu": functools.partial(gated_matmul_jobs, activation="gelu_tanh"),
@@ -449,6 +476,7 @@ def main():
         shape = f"N={r['n']} K={r['k']} leaves={r['leaves']} {r['dtype']}->{r['out']}"
         op = r["op"] if r["activation"] == "silu" else f"{r['op']} {r['activation']}"
         op += ("" if r["k_last"] else " k_first") + (" batch" if r["batch"] > 1 else "")
+        op += " several" if r["cuts"] else ""
         label = f"{op} {r['check']} {shape}"
         count = counts.setdefault((op, r["check"]), [0, 0, 0])
         count[0] += 1
@@ -457,7 +485,8 @@ def main():
         failures += [[label, r.get("schedule", ""), *w] for w in r["wrong"]]
         if "sha256" in r:
             name = f"{op} {shape} bias={r['bias']}"
-            name = name.replace(" k_first", "").replace(" batch", "")
+            for word in (" k_first", " batch", " several"):
+                name = name.replace(word, "")
             if hashes.setdefault(name, r["sha256"]) != r["sha256"]:
                 failures.append([name, "", TOP, TOP, "two processes hash differently"])
         if r["check"] == "oracle":

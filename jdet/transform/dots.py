@@ -34,7 +34,6 @@ from jax import Array, lax
 from jax.extend import core
 from jax.typing import DTypeLike
 
-from jdet.pallas_kernels import implementation_of
 from jdet.pallas_kernels.matmul.portable import MIN_ROWS, padded_rows
 from jdet.pallas_kernels.trees import balanced_sum
 from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide
@@ -217,36 +216,56 @@ def tiled(x: Array, y: Array) -> Array:
     return out.reshape(b, rows * TILE[0], columns * TILE[1])[:, :m, :n]
 
 
-def _by_kernel(x: Matrix, y: Matrix, leaves: int, out: Any) -> Array:
-    """[B, M, K] x [B, N, K] -> [B, M, N] on a Hopper GPU; only x need be moved to have K last."""
-    if y.k_last and not x.k_last:
-        return _by_kernel(y, x, leaves, out).swapaxes(1, 2)
-    if x.array.dtype != y.array.dtype or x.array.dtype not in _HALVES:
-        x, y = (matrix.map(lambda a: a.astype(jnp.float32)) for matrix in (x, y))
-    rows, extent = x.rows(), _up(x.array.shape[2 if x.k_last else 1], 8)
-    rows, columns = _pad(rows, extent, 2), _pad(y.array, extent, 2 if y.k_last else 1)
+def _by_kernel(x: Matrix, ys: Sequence[Matrix], leaves: int, out: Any) -> list[Array]:
+    """[B, M, K] x each [B, N, K] -> [B, M, N] on a Hopper GPU; only x need be moved to have K last.
+
+    Several y lie alike, with K last only where x has it so.
+    """
+    # Here: it imports Pallas.
+    from jdet.pallas_kernels.matmul.mosaic_gpu import matmuls
+
+    if ys[0].k_last and not x.k_last:
+        return [_by_kernel(y, [x], leaves, out)[0].swapaxes(1, 2) for y in ys]
+    if x.array.dtype != ys[0].array.dtype or x.array.dtype not in _HALVES:
+        x, *ys = (matrix.map(lambda a: a.astype(jnp.float32)) for matrix in (x, *ys))
+    k_last, extent = ys[0].k_last, _up(x.array.shape[2 if x.k_last else 1], 8)
+    rows = _pad(x.rows(), extent, 2)
+    columns = [_pad(y.array, extent, 2 if k_last else 1) for y in ys]
     written = out if is_float(out) and jnp.dtype(out).itemsize in (2, 4) else jnp.float32
-    matmul = implementation_of("matmul", "mosaic_gpu")
-    made = matmul(rows, columns, k_last=y.k_last, leaves=leaves, out_dtype=written)
-    return narrowed(made, out)
+    made = matmuls(rows, columns, k_last=k_last, leaves=leaves, out_dtype=written)
+    return [narrowed(y, out) for y in made]
 
 
 def contract(x: Matrix, y: Matrix, platform: str | None, rules: Rules, out: Any) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] of dtype `out`: see the module."""
-    m, n = x.free, y.free
+    return contract_each(x, [y], platform, rules, out)[0]
+
+
+def contract_each(
+    x: Matrix, ys: Sequence[Matrix], platform: str | None, rules: Rules, out: Any
+) -> list[Array]:
+    """`contract` of x with each of `ys`, which have one dtype."""
     b, k = x.array.shape[0], x.array.shape[2 if x.k_last else 1]
-    if 0 in (b, m, n, k):
-        return jnp.zeros((b, m, n), out)
+    if 0 in (b, x.free, k, *(y.free for y in ys)):
+        return [jnp.zeros((b, x.free, y.free), out) for y in ys]
     leaves = rules.leaves if k % rules.leaves == 0 else 1
-    dtypes = x.array.dtype, y.array.dtype
+    dtypes = x.array.dtype, ys[0].array.dtype
     dtype = wide(jnp.promote_types(*dtypes))
     if jnp.dtype(out).itemsize > dtype.itemsize and is_float(out):
         dtype = jnp.dtype(out)
     if platform == "cuda" and uses_kernel(rules.implementation, dtype, k, leaves):
-        return _by_kernel(x, y, leaves, out)
-    in_halves = (
-        platform == "cpu" and set(dtypes) == {jnp.dtype(jnp.bfloat16)} and dtype.itemsize == 4
-    )
+        alike = len({y.k_last for y in ys}) == 1
+        families = [ys] if alike else [[y] for y in ys]
+        return [made for of in families for made in _by_kernel(x, of, leaves, out)]
+    return [_by_dots(x, y, platform, leaves, dtype, out) for y in ys]
+
+
+def _by_dots(
+    x: Matrix, y: Matrix, platform: str | None, leaves: int, dtype: Any, out: Any
+) -> Array:
+    """[B, M, K] x [B, N, K] -> [B, M, N] by XLA's dots, with sums of `dtype`."""
+    dtypes = {x.array.dtype, y.array.dtype}
+    in_halves = platform == "cpu" and dtypes == {jnp.dtype(jnp.bfloat16)} and dtype.itemsize == 4
     if not in_halves:
         x, y = (matrix.map(lambda a: a.astype(dtype)) for matrix in (x, y))
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -283,14 +302,10 @@ def _matrix(x: Array, batch: Sequence[int], contracted: Sequence[int]) -> tuple[
     return Matrix(x.reshape(extents), k_last), free
 
 
-def _lower(
-    primitive: core.Primitive,
-    platform: str | None,
-    rules: Rules,
-    args: Sequence[Array],
-    params: dict[str, Any],
-) -> Array:
-    x, y = args
+def product_of(
+    x: Array, y: Array, platform: str | None, params: dict[str, Any]
+) -> tuple[Matrix, Matrix, Any, list[int]]:
+    """Of a dot: its operands as matrices, its result's dtype and shape."""
     contracted, batch = params["dimension_numbers"]
     if platform == "cuda":  # as x holds them, so that a weight of several such axes is not moved
         order = np.argsort(contracted[0])
@@ -299,13 +314,26 @@ def _lower(
     if out is None:
         out = jnp.result_type(x.dtype, y.dtype) if x.dtype == y.dtype else None
     if out is None:
-        aval, _ = primitive.abstract_eval(jax.typeof(x), jax.typeof(y), **params)
+        aval, _ = lax.dot_general_p.abstract_eval(jax.typeof(x), jax.typeof(y), **params)
         out = aval.dtype
     x, y = prepared(x, y, params["precision"])
     shape = [x.shape[i] for i in batch[0]]
     left, left_free = _matrix(x, batch[0], contracted[0])
     right, right_free = _matrix(y, batch[1], contracted[1])
     shape += [x.shape[i] for i in left_free] + [y.shape[i] for i in right_free]
+    return left, right, out, shape
+
+
+def _lower(
+    primitive: core.Primitive,
+    platform: str | None,
+    rules: Rules,
+    args: Sequence[Array],
+    params: dict[str, Any],
+) -> Array:
+    del primitive
+    x, y = args
+    left, right, out, shape = product_of(x, y, platform, params)
     return contract(left, right, platform, rules, out).reshape(shape)
 
 

@@ -27,8 +27,10 @@ from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
 from jdet.transform.constants import INSIDE, Constants, fenced, seen_inside
 from jdet.transform.fans import fanned, readers
 from jdet.transform.rules import Rules
+from jdet.transform.siblings import dots_p, families, member
 from jdet.transform.transpositions import read_through, written_in_place
-from jdet.transform.twins import original, twin
+from jdet.transform.twins import Policy, original, twin
+from jdet.transform.views import written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +134,10 @@ def evaluate(
     def is_ours(dot: core.JaxprEqn) -> bool:
         return _choice(dot, run).action == TWIN
 
-    equations = read_through(jaxpr, is_ours)
+    equations, together = read_through(jaxpr, is_ours), {}
     if run.rules.implementation == "mosaic_gpu":
         equations = written_in_place(equations, jaxpr.outvars, is_ours)
+        together = {} if run.quiet else families(equations, jaxpr.outvars, is_ours)
     counts = readers(equations, jaxpr.outvars)
 
     def define(variables: Sequence[Any], made: Sequence[Any]) -> None:
@@ -153,12 +156,23 @@ def evaluate(
     define(jaxpr.constvars, jaxpr.consts)
     define(jaxpr.invars, args)
 
-    for equation in equations:
+    done: set[int] = set()
+    for place, equation in enumerate(equations):
+        if id(equation) in done:
+            continue
         with equation_context(equation):
+            if place in together:
+                family = together[place]
+                done.update(map(id, family))
+                results = _bind_together(family, [[read(a) for a in e.invars] for e in family], run)
+                define([variable for e in family for variable in e.outvars], results)
+                continue
             operands = [read(atom) for atom in equation.invars]
             results = _bind(equation, operands, run, constants.of(equation))
             if not equation.primitive.multiple_results:
                 results = [results]
+            if run.rules.implementation == "mosaic_gpu":
+                results = written(equation, results)
             define(equation.outvars, results)
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -167,19 +181,32 @@ def _choice(equation: core.JaxprEqn, run: Run) -> Choice:
     return choose(equation, run.rules, source_of(equation) or run.source)
 
 
+def _record(equation: core.JaxprEqn, choice: Choice, run: Run) -> None:
+    if not run.quiet:
+        name, own = original(equation.primitive).name, source_of(equation)
+        shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
+        run.entries.append(Entry(name, shapes, choice, own, run.path))
+
+
+def _bind_together(family: list[core.JaxprEqn], args: list[list[Any]], run: Run) -> list[Any]:
+    """The results of dots of one left operand."""
+    for equation in family:
+        _record(equation, _choice(equation, run), run)
+    (x, _), *_ = args
+    members = tuple(map(member, family))
+    return twin(dots_p).bind(x, *(y for _, y in args), rules=run.rules, members=members)
+
+
 def _bind(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     primitive, name = equation.primitive, equation.primitive.name
     params = equation.params
-    own = source_of(equation)
-    source = own or run.source
+    source = source_of(equation) or run.source
     choice = _choice(equation, run)
     if choice.excluded:
         run.used.add(choice.excluded)
     elif name in _INSIDE:
         return _INSIDE[name](equation, args, run, seen)
-    if not run.quiet:
-        shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
-        run.entries.append(Entry(original(primitive).name, shapes, choice, own, run.path))
+    _record(equation, choice, run)
     if choice.action == REFUSE or (choice.action == WARN and run.strict and not run.quiet):
         raise NotImplementedError(refusal(equation, choice, source))
     if choice.action == TWIN:
@@ -254,32 +281,10 @@ def _shard_map(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequenc
     return jax.jit(shard_map_of(equation, body))(*args)
 
 
-class _Policy:
-    """A checkpoint policy that sees a twin as its original."""
-
-    def __init__(self, policy: Callable[..., Any]) -> None:
-        self.policy = policy
-
-    def __call__(self, primitive: core.Primitive, *args: Any, **params: Any) -> Any:
-        first = original(primitive)
-        if first is not primitive:
-            params = {k: v for k, v in params.items() if k != "rules"}
-        return self.policy(first, *args, **params)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Policy) and self.policy == other.policy
-
-    def __hash__(self) -> int:
-        return hash((_Policy, self.policy))
-
-    def __repr__(self) -> str:
-        return repr(self.policy)
-
-
 def _checkpoint(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     params = dict(equation.params, jaxpr=rewritten(equation.params["jaxpr"], run, equation, seen))
-    if params["policy"] is not None and not isinstance(params["policy"], _Policy):
-        params["policy"] = _Policy(params["policy"])
+    if params["policy"] is not None and not isinstance(params["policy"], Policy):
+        params["policy"] = Policy(params["policy"])
     return equation.primitive.bind(*args, **equation.primitive.get_bind_params(params))
 
 

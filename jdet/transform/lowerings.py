@@ -15,6 +15,7 @@ from jdet.transform import (
     ragged,
     reductions,
     scatters,
+    siblings,
     sorts,
     windows,
 )
@@ -23,6 +24,7 @@ from jdet.transform.rules import Rules
 
 FIXED: dict[str, Fixed] = {
     **dots.FIXED,
+    **siblings.FIXED,
     **ragged.FIXED,
     **convolutions.FIXED,
     **reductions.FIXED,

@@ -75,37 +75,35 @@ def tree(
     platform: str | None,
 ) -> tuple[Array, ...]:
     """Arrays combined over one axis, which goes; `combine` takes and gives tuples."""
-    shape = parts[0].shape
+    shape, many = parts[0].shape, parts[0].size > _MANY
 
-    def up_to(parts: tuple[Array, ...], multiple: int) -> tuple[Array, ...]:
-        extent = parts[0].shape[axis]
-        edge = [(0, 0, 0)] * len(shape)
-        edge[axis] = (0, max(multiple, -(-extent // multiple) * multiple) - extent, 0)
+    def continued(parts: tuple[Array, ...], count: int) -> tuple[Array, ...]:
+        edge = [(0, count if i == axis else 0, 0) for i in range(parts[0].ndim)]
         pairs = zip(parts, identities, strict=True)
         return tuple(lax.pad(x, jnp.asarray(i, x.dtype), edge) for x, i in pairs)
 
-    def halves(x: Array, blocks: int) -> tuple[Array, Array]:
-        """The first and the second halves of `blocks` equal parts of the axis."""
-        size = x.shape[axis] // blocks // 2
-        x = x.reshape(*shape[:axis], blocks, 2, size, *shape[axis + 1 :])
-        ends = (lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(2))
-        left, right = (x.reshape(*shape[:axis], blocks * size, *shape[axis + 1 :]) for x in ends)
-        return left, right
+    def combined(parts: tuple[Array, ...], pairs: list[tuple[int, int, int]]) -> tuple[Array, ...]:
+        """Of two slices of the axis, each (start, stop, step)."""
+        left, right = (tuple(lax.slice_in_dim(x, *at, axis) for x in parts) for at in pairs)
+        return combine(left, right)
 
-    many, sums = parts[0].size > _MANY, 0
-    parts = up_to(parts, LANES)
-    while (extent := parts[0].shape[axis]) > 1:
-        if extent > LANES:
-            parts = up_to(parts, 2 * LANES)
-        blocks = max(parts[0].shape[axis] // (2 * LANES), 1)
-        left, right = zip(*(halves(x, blocks) for x in parts), strict=True)
-        parts, sums = combine(left, right), sums + 1
-        extent = parts[0].shape[axis]
-        short = extent == 1 or (extent > LANES and sums % _SUMS == 0)
-        written = extent == LANES or (many and short)
-        if platform != "cpu" and written:
-            singly = platform == "cuda" and many and extent > 1
-            parts = tuple(_written(x, singly) for x in parts)
+    blocks, sums = max(-(-shape[axis] // LANES), 1), 0
+    if missing := blocks * LANES - shape[axis]:
+        parts = continued(parts, missing)
+    parts = tuple(x.reshape(*shape[:axis], blocks, LANES, *shape[axis + 1 :]) for x in parts)
+    while blocks > 1:
+        if blocks % 2:
+            parts = continued(parts, 1)
+        even = parts[0].shape[axis]
+        parts, sums = combined(parts, [(0, even, 2), (1, even, 2)]), sums + 1
+        blocks = parts[0].shape[axis]
+        if platform != "cpu" and (blocks == 1 or (many and sums % _SUMS == 0)):
+            parts = tuple(_written(x, platform == "cuda" and many) for x in parts)
+    parts, size = tuple(lax.squeeze(x, (axis,)) for x in parts), LANES
+    while size > 1:
+        parts, size = combined(parts, [(0, size // 2, 1), (size // 2, size, 1)]), size // 2
+    if platform != "cpu" and many:
+        parts = tuple(map(lax.optimization_barrier, parts))
     return tuple(lax.squeeze(x, (axis,)) for x in parts)
 
 

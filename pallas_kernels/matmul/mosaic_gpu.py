@@ -69,6 +69,7 @@ persistent warp-specialised kernel; CUTLASS's sm90 pipelines for releasing multi
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -81,7 +82,7 @@ from jax.typing import DTypeLike
 from jdet.pallas_kernels.matmul.mosaic_gpu_kernel import Gate, kernel
 from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import Schedule, default_schedule, schedules
 
-__all__ = ["Schedule", "default_schedule", "matmul", "matmul_gated", "schedules"]
+__all__ = ["Schedule", "default_schedule", "matmul", "matmul_gated", "matmuls", "schedules"]
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _FLOATS = (*_HALVES, jnp.dtype(jnp.float32))
@@ -103,29 +104,31 @@ def _parts(x: jax.Array) -> jax.Array:
 @functools.partial(
     jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "k_last", "interpret")
 )
-def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
+def _matmul(x, ws, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
     *batch, m, k = x.shape
-    n = w.shape[-2 if k_last else -1]
-    lead = (*batch,)
-    if x.dtype == jnp.float32:
-        x, w, lead = _parts(x), _parts(w), (_PARTS, *batch)
-    if gate is not None:
-        n //= 2
-        w = w.reshape(2, n, k)
+    lead, cut = (*batch,), (leaves, k // leaves)
+    widths = [w.shape[-2 if k_last else -1] // (1 if gate is None else 2) for w in ws]
     # Rows of y must begin at multiples of 16 bytes, and so must a tile's columns of y and w [K, N].
-    wide = n + -n % 8
-    if not k_last and wide > n:
-        w = jnp.pad(w, (*[(0, 0)] * (w.ndim - 1), (0, wide - n)))
+    wides = [n + -n % 8 for n in widths]
+    if x.dtype == jnp.float32:
+        x, ws, lead = _parts(x), [_parts(w) for w in ws], (_PARTS, *batch)
     if leaves > 1:
-        cut = (leaves, k // leaves)
         x = x.reshape(*lead, m, *cut)
-        w = w.reshape(*lead, *((n, *cut) if k_last else (*cut, w.shape[-1])))
-    args = (x, w)
+    args = [x]
+    for w, n, wide in zip(ws, widths, wides, strict=True):
+        if gate is not None:
+            w = w.reshape(2, n, k)
+        if not k_last and wide > n:
+            w = jnp.pad(w, (*[(0, 0)] * (w.ndim - 1), (0, wide - n)))
+        if leaves > 1:
+            w = w.reshape(*lead, *((n, *cut) if k_last else (*cut, w.shape[-1])))
+        args.append(w)
     if bias is not None:
-        args += (jnp.pad(bias, (0, -n % (s.bn * s.cn))),)
-    clusters = math.prod(batch) * pl.cdiv(m, s.bm * s.cm) * pl.cdiv(wide, s.out_cols * s.cn)
+        args.append(jnp.pad(bias, (0, -widths[0] % (s.bn * s.cn))))
+    columns = sum(pl.cdiv(wide, s.out_cols * s.cn) for wide in wides)
+    clusters = math.prod(batch) * pl.cdiv(m, s.bm * s.cm) * columns
     clustered = s.cm * s.cn > 1
-    y = plgpu.kernel(
+    ys = plgpu.kernel(
         functools.partial(
             kernel,
             s=s,
@@ -133,9 +136,10 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
             gate=gate,
             k_last=k_last,
             parts=_PARTS if len(lead) > len(batch) else 1,
+            products=len(ws),
             interpret=bool(interpret),
         ),
-        out_type=jax.ShapeDtypeStruct((*batch, m, wide), out_dtype),
+        out_type=[jax.ShapeDtypeStruct((*batch, m, wide), out_dtype) for wide in wides],
         grid=(min(clusters, s.resident),),
         grid_names=("cluster",),
         cluster=(s.cn, s.cm) if clustered else (),
@@ -146,7 +150,7 @@ def _matmul(x, w, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or None,
     )(*args)
-    return y[..., :n] if wide > n else y
+    return tuple(y[..., :n] if y.shape[-1] > n else y for y, n in zip(ys, widths, strict=True))
 
 
 def check_operands(
@@ -213,15 +217,43 @@ def matmul(
       ValueError: shapes or dtypes that do not go together.
       NotImplementedError: this backend cannot compute them; the message says which part.
     """
-    check_operands(x, w, leaves, k_last=k_last, ranks=(2, 3), dtypes=_FLOATS)
-    (*batch, m, k), n = x.shape, w.shape[-2 if k_last else -1]
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must have shape {(n,)} for w {w.shape}, got {bias.shape}")
+    fixed = {"leaves": leaves, "out_dtype": out_dtype, "k_last": k_last}
+    return _matmuls(x, (w,), bias, **fixed, schedule=schedule, interpret=interpret)[0]
+
+
+def matmuls(
+    x: jax.Array,
+    ws: Sequence[jax.Array],
+    *,
+    leaves: int = 1,
+    out_dtype: DTypeLike | None = None,
+    k_last: bool = True,
+    schedule: Schedule | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+    """`matmul` of one x by each of several w, of any numbers of columns, in one launch.
+
+    The bits are those of `matmul`. Arguments and errors as there.
+    """
+    if not ws:
+        raise ValueError("matmuls: ws must hold a matrix or more, got none")
+    fixed = {"leaves": leaves, "out_dtype": out_dtype, "k_last": k_last}
+    return _matmuls(x, tuple(ws), None, **fixed, schedule=schedule, interpret=interpret)
+
+
+def _matmuls(x, ws, bias, *, leaves, out_dtype, k_last, schedule, interpret):
+    for w in ws:
+        check_operands(x, w, leaves, k_last=k_last, ranks=(2, 3), dtypes=_FLOATS)
+    (*batch, m, k), widths = x.shape, [w.shape[-2 if k_last else -1] for w in ws]
+    if bias is not None and bias.shape != (widths[0],):
+        raise ValueError(
+            f"bias must have shape {(widths[0],)} for w {ws[0].shape}, got {bias.shape}"
+        )
     out = check_result(x, out_dtype)
-    if 0 in (*batch, m, n):
-        return jnp.zeros((*batch, m, n), out)
+    if 0 in (*batch, m, *widths):
+        return tuple(jnp.zeros((*batch, m, n), out) for n in widths)
     s = schedule or default_schedule(
-        m, n, k, x.dtype, leaves, k_last=k_last, batch=math.prod(batch)
+        m, sum(widths), k, x.dtype, leaves, k_last=k_last, batch=math.prod(batch)
     )
     if s.gated:
         raise ValueError(f"{s} is a schedule of matmul_gated")
@@ -230,7 +262,7 @@ def matmul(
     if not s.fits(leaves, out.itemsize):
         raise NotImplementedError(f"{s} has no room for {leaves} leaves and {out} results")
     fixed = {"leaves": leaves, "out_dtype": out, "s": s, "k_last": k_last}
-    return _matmul(x, w, bias, **fixed, gate=None, interpret=interpret)
+    return _matmul(x, ws, bias, **fixed, gate=None, interpret=interpret)
 
 
 def matmul_gated(
@@ -269,4 +301,4 @@ def matmul_gated(
     if not s.fits(itemsize=x.dtype.itemsize):
         raise NotImplementedError(f"{s} has no room for {x.dtype} results")
     fixed = {"leaves": 1, "out_dtype": x.dtype, "s": s, "k_last": True}
-    return _matmul(x, w, None, **fixed, gate=gate, interpret=interpret)
+    return _matmul(x, (w,), None, **fixed, gate=gate, interpret=interpret)[0]

@@ -163,8 +163,12 @@ def kernel(
     height: int | None = None,
     k_last: bool = True,
     parts: int = 1,
+    products: int = 1,
 ) -> None:
     """The whole kernel; refs are x, w, bias if there is one, y; x, w and y may begin with a batch.
+
+    With several `products`, refs are x, as many w and as many y: the walk goes over the tiles of
+    the first, the second and so on, of as many columns as each has.
 
     With several `parts`, x and w begin with an axis of those, and a leaf is the sum of every part
     of x by every part of w, in this order of pairs, each over all of the leaf's K.
@@ -178,21 +182,27 @@ def kernel(
     after the last group store zeros. With tokens a tile takes all of x, which has no more rows than
     the tile, and stores the rows of its group, each from the place of its token.
     """
-    x_g, w_g, *bias_g, y_g = refs
+    x_g, *bias_g = refs
+    w_gs, bias_g, y_gs = bias_g[:products], bias_g[products:-products], bias_g[-products:]
     tokens_g = bias_g.pop() if height and len(bias_g) == 2 else None
     plan_g: Any = bias_g.pop() if height else None
     short = height == SHORT
-    *batch, m, n = y_g.shape
-    out_dtype, out_size = y_g.dtype, jnp.dtype(y_g.dtype).itemsize
+    *batch, m, _ = y_gs[0].shape
+    out_dtype, out_size = y_gs[0].dtype, jnp.dtype(y_gs[0].dtype).itemsize
     chunks = s.bk // CHUNK
     pair_steps = pl.cdiv(x_g.shape[-1], s.bk)
     leaf_steps = parts**2 * pair_steps
     steps = leaves * leaf_steps
-    m_tiles, n_tiles = pl.cdiv(m, s.bm * s.cm), pl.cdiv(n, s.out_cols * s.cn)
+    m_tiles = pl.cdiv(m, s.bm * s.cm)
+    # Of each product, where its tiles of N begin; then where the last ones end.
+    begins = [0]
+    for y_g in y_gs:
+        begins.append(begins[-1] + pl.cdiv(y_g.shape[-1], s.out_cols * s.cn))
+    n_tiles = begins[-1]
     rows, cols = s.wg_tile
     out_rows, out_cols = s.out_tile
     matrices = 2 if s.gated else 1
-    products = 1 if k_last else s.wg_tile[0 if s.kind == "swapped" else 1] // CHUNK
+    wgmmas = 1 if k_last else s.wg_tile[0 if s.kind == "swapped" else 1] // CHUNK
     put_rows, put_cols = s.stage_tile(out_size)
     slots = s.store_slots(out_size)
     squares = 0 if k_last else s.bn // CHUNK
@@ -230,29 +240,56 @@ def kernel(
             row = lax.div(at, n_tiles)
             return row + 1, (at - row * n_tiles) * s.out_cols
 
-        def tile_origin(t):
-            if plan_g is not None:
-                row, n0 = planned(t)
-                return plan_g[row, 0], n0
+        def place(t):
+            """Of a tile without a plan: which of `m_tiles` and of `n_tiles` it is."""
             at = cluster + t * clusters
             if batch:
                 at = lax.rem(at, tiles_of_one)
             if m_tiles == 1:
-                mi, ni = jnp.int32(0), at
-            else:
-                mi, ni = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, s.group)
-            mi = mi * s.cm + (lax.axis_index("cm") if s.cm > 1 else 0)
-            ni = ni * s.cn + (lax.axis_index("cn") if s.cn > 1 else 0)
-            return _window(mi, s.bm, m), _window(ni, s.out_cols, n)
+                return jnp.int32(0), at
+            return plgpu.planar_snake(at, (m_tiles, n_tiles), 0, s.group)
+
+        def row_of(t):
+            """A tile's first row of x."""
+            if plan_g is not None:
+                return plan_g[planned(t)[0], 0]
+            mi = place(t)[0] * s.cm + (lax.axis_index("cm") if s.cm > 1 else 0)
+            return _window(mi, s.bm, m)
+
+        def columns_of(t):
+            """Of each product: whether it is the tile's, None if there is one alone, and the tile's
+            first column there."""
+            if plan_g is not None:
+                return [(None, planned(t)[1])]
+            _, ni = place(t)
+            found = []
+            for i, y_g in enumerate(y_gs):
+                here = (ni >= begins[i]) & (ni < begins[i + 1]) if products > 1 else None
+                column = (ni - begins[i]) * s.cn + (lax.axis_index("cn") if s.cn > 1 else 0)
+                found.append((here, _window(column, s.out_cols, y_g.shape[-1])))
+            return found
+
+        def for_product(columns, f):
+            """f(the tile's product, its first column there)."""
+            for i, (here, column) in enumerate(columns):
+                if here is None:
+                    f(i, column)
+                else:
+                    pl.when(here)(functools.partial(f, i, column))
 
         def produce():
             if s.wgs > 1:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def load(src, dst, size, side, axis, matrices=1, squares=0):
+            def load(srcs, dst, size, side, axis, matrices=1, squares=0):
                 def tile(t, _):
-                    row = 0 if side == 0 and tokens_g is not None else tile_origin(t)[side]
-                    lead = entry(t)
+                    if side == 1:
+                        for_product(columns_of(t), functools.partial(fill, t))
+                    else:
+                        fill(t, 0, 0 if tokens_g is not None else row_of(t))
+
+                def fill(t, product, row):
+                    src, lead = srcs[product], entry(t)
                     if side == 1 and plan_g is not None:
                         lead = (plan_g[planned(t)[0], 2],)
 
@@ -305,14 +342,14 @@ def kernel(
                 @pl.when(warp == 0)
                 def _():
                     axis = "cm" if s.cm > 1 else None
-                    load(w_g, w_in, s.bn // matrices, 1, axis, matrices, squares)
+                    load(w_gs, w_in, s.bn // matrices, 1, axis, matrices, squares)
 
                 @pl.when(warp == 1)
                 def _():
-                    load(x_g, x_in, x_rows, 0, "cn" if s.cn > 1 else None)
+                    load([x_g], x_in, x_rows, 0, "cn" if s.cn > 1 else None)
 
         def multiply(acc, slot, c):
-            """Adds `CHUNK` elements of K, in `products` wgmmas of as many parts of acc."""
+            """Adds `CHUNK` elements of K, in `wgmmas` instructions of as many parts of acc."""
             if k_last:
                 a, b = (x_mma, w_mma) if s.kind == "normal" else (w_mma, x_mma)
                 a, b = a.at[slot, c], b.at[slot, c]
@@ -327,11 +364,11 @@ def kernel(
             if s.wgs > 1 and not splits_w:
                 size = s.bm // s.wgs
                 x = x.at[pl.ds(wg * size, size)]
-            for j in range(products):
-                square = w_mma.at[slot, c, wg * products + j if splits_w else j]
+            for j in range(wgmmas):
+                square = w_mma.at[slot, c, wg * wgmmas + j if splits_w else j]
                 here = pl.ds(j * CHUNK, CHUNK)
                 part = (here, slice(None)) if side == 0 else (slice(None), here)
-                to = acc.at[part] if products > 1 else acc
+                to = acc.at[part] if wgmmas > 1 else acc
                 if s.kind == "normal":
                     plgpu.wgmma(to, x, square)
                 else:
@@ -359,7 +396,7 @@ def kernel(
                             plgpu.barrier_wait(full.at[slot])
                             for c in range(chunks):
                                 multiply(acc, slot, c)
-                            plgpu.wgmma_wait(chunks * products)
+                            plgpu.wgmma_wait(chunks * wgmmas)
 
                             @pl.when(i > 0)
                             def _():
@@ -411,16 +448,16 @@ def kernel(
                 parts = value[:, :out_cols], value[:, cols - out_cols :]
                 value = gate(*parts, plgpu.Layout.WGMMA, interpret)
             n0 = planned(t)[1] + (wg * cols if s.split == "n" else 0)
-            _put_pairs(value, y_g, to, n0, interpret)
+            _put_pairs(value, y_gs[0], to, n0, interpret)
 
         def store(t, value):
-            m0, n0 = tile_origin(t)
             m_side = 0 if s.kind == "normal" else 1
             offsets = (wg * rows, 0) if s.split == "m" else (0, wg * cols)
-            m0, n0 = m0 + offsets[m_side], n0 + offsets[1 - m_side]
+            m0 = row_of(t) + offsets[m_side]
+            columns = [(here, n0 + offsets[1 - m_side]) for here, n0 in columns_of(t)]
             if bias_g:
                 along = plgpu.Layout.WGMMA.reduce(m_side)
-                at = bias_g[0].at[pl.ds(n0, value.shape[1 - m_side])]
+                at = bias_g[0].at[pl.ds(columns[0][1], value.shape[1 - m_side])]
                 bias = plgpu.load(at, layout=along, optimized=False).astype(jnp.float32)
                 value = value + lax.broadcast_in_dim(bias, value.shape, (1 - m_side,))
             value = value.astype(out_dtype)
@@ -442,13 +479,18 @@ def kernel(
                 plgpu.commit_smem()
                 m_at, n_at = (r, c) if s.kind == "normal" else (c, r)
                 if plan_g is None:
-                    to = y_g.at[entry(t)] if batch else y_g
-                    _put(y_out.at[wg, i % slots], to, m0 + m_at, n0 + n_at)
+
+                    def put(product, n0, src=y_out.at[wg, i % slots], m_at=m_at, n_at=n_at):
+                        y_g = y_gs[product]
+                        _put(src, y_g.at[entry(t)] if batch else y_g, m0 + m_at, n0 + n_at)
+
+                    for_product(columns, put)
                     continue
                 most = min(put_rows, x_rows)
                 left = plan_g[planned(t)[0], 1] - offsets[0] - m_at
                 count = lax.clamp(jnp.int32(0), left, jnp.int32(most))
-                _put_rows(y_out.at[wg, i % slots, pl.ds(0, most)], y_g, m0 + m_at, n0 + n_at, count)
+                src, n0 = y_out.at[wg, i % slots, pl.ds(0, most)], columns[0][1] + n_at
+                _put_rows(src, y_gs[0], m0 + m_at, n0, count)
                 if not interpret:  # which waits for every copy
                     plgpu.commit_smem_to_gmem_group()
 

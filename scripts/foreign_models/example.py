@@ -83,10 +83,12 @@ def randomised(weights: Any, dtype: DTypeLike) -> Any:
 
 
 def random_nnx(make: Callable[[], nnx.Module], dtype: DTypeLike) -> tuple[Any, Any]:
-    """The structure of a Flax NNX model with an `embedder`, and its weights, made under jit."""
+    """The structure of a Flax NNX model with an `embedder`, and its weights.
+
+    Not made under jit: a program of all the draws of 36 layers takes minutes to compile.
+    """
     structure, state = nnx.split(nnx.eval_shape(make))
-    weights = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
-    weights = randomised(weights, dtype)
+    weights = randomised(nnx.to_pure_dict(nnx.state(make())), dtype)
     embedder = weights["embedder"]
     embedder["input_embedding"] = spoiled(embedder["input_embedding"])
     nnx.replace_by_pure_dict(state, weights)

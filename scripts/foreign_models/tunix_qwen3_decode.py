@@ -17,24 +17,37 @@ from numpy.random import Generator
 
 import jdet
 
-TIMED = {"long": (1, 32), "full": (1,)}
+TIMED = {"long": (1, 32), "full": (1, 32)}
 
 
 class Steps(NamedTuple):
-    """Requests: one token, and random keys and values of the `length` tokens before it."""
+    """Requests: one token, and random keys and values of the `length` tokens before it.
+
+    Attributes:
+      config: the model's.
+      length: tokens in the cache.
+      dtype: of the cache.
+      steps: tokens there must be room for.
+    """
 
     config: Any
     length: int
     dtype: DTypeLike
+    steps: int = 1
 
     def requests(self, rng: Generator, count: int, scale: float = 1.0) -> dict[str, Any]:
-        config = self.config
-        shape = (count, self.length, config.num_kv_heads, config.head_dim)
-        layers = [f"layer_{i}" for i in range(config.num_layers)]
+        config, layers = self.config, range(self.config.num_layers)
+        # Each layer has its own part of one draw: billions of normal numbers take minutes.
+        shape = (count, self.length + len(layers), config.num_kv_heads, config.head_dim)
+        keys, values = (scale * rng.standard_normal(shape, np.float32) for _ in range(2))
+
+        def parts(drawn: np.ndarray) -> dict[str, np.ndarray]:
+            return {f"layer_{i}": drawn[:, i : i + self.length].copy() for i in layers}
+
         return {
             "token": rng.integers(0, config.vocab_size - 1, (count, 1), np.int32),
-            "keys": {i: scale * rng.standard_normal(shape, np.float32) for i in layers},
-            "values": {i: scale * rng.standard_normal(shape, np.float32) for i in layers},
+            "keys": parts(keys),
+            "values": parts(values),
         }
 
     def extremes(self, rng: Generator, count: int) -> dict[str, Any]:
@@ -46,7 +59,7 @@ class Steps(NamedTuple):
 
     def batch(self, requests: dict[str, Any], pad: int, rng: Generator) -> dict[str, Any]:
         """What the model's `__call__` takes; of the cache, `pad` slots are never written."""
-        count, slots = len(requests["token"]), self.length + 1 + pad
+        count, slots = len(requests["token"]), self.length + self.steps + pad
 
         def filled(kept: np.ndarray) -> np.ndarray:
             shape = (count, slots - self.length, *kept.shape[2:])

@@ -68,6 +68,17 @@ def test_right_with_ragged_edges(operands, schedule):
     assert_right(y, x, w, bias)
 
 
+@kinds
+def test_several_products_in_one_launch(operands, assert_same_bits, schedule):
+    x, w, _ = operands(9, 200, 136)
+    ws = [jnp.asarray(part) for part in np.split(w, (56, 64))]  # of 56, 8 and 136 rows
+    fixed = {"schedule": schedule, "interpret": plgpu.InterpretGPUParams()}
+    ys = mosaic_gpu.matmuls(jnp.asarray(x), ws, **fixed)
+    assert [y.shape[1] for y in ys] == [56, 8, 136]
+    for y, part in zip(ys, ws, strict=True):
+        assert_same_bits(y, simulated(x, part, schedule=schedule))
+
+
 K_FIRST = {
     "normal, two squares": Schedule("normal", 64, 128, stages=2),
     "normal, two consumers over N": Schedule("normal", 64, 128, stages=2, wgs=2, split="n"),

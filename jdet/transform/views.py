@@ -1,0 +1,53 @@
+"""Slices that XLA would have a kernel read in place, at an address that the kernel refuses.
+
+XLA:GPU gives a custom call a static slice of whole rows as it lies, if it begins at a multiple of
+64 bytes of its array; a Mosaic GPU kernel takes multiples of 256, and ends with "Input buffer 1 is
+not 256-byte aligned". Behind a barrier the slice is written by itself first.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+from jax.extend import core
+
+_ALIGNED = 256
+
+
+def _starts(equation: core.JaxprEqn) -> list[tuple[int, ...]]:
+    """Where each result begins in the first operand; [] where that is no static slice."""
+    name, params, rank = equation.primitive.name, equation.params, equation.invars[0].aval.ndim
+    if name == "slice":
+        return [] if params["strides"] else [params["start_indices"]]
+    if name == "split":
+        axis, begins = params["axis"], [0]
+        for size in params["sizes"][:-1]:
+            begins.append(begins[-1] + size)
+        return [tuple(at if i == axis else 0 for i in range(rank)) for at in begins]
+    if name == "dynamic_slice":
+        starts = equation.invars[1:]
+        if all(isinstance(start, core.Literal) for start in starts):
+            return [tuple(int(start.val) for start in starts)]
+    return []
+
+
+def _in_place(shape: Sequence[int], part: Sequence[int]) -> bool:
+    """Whether a slice of `shape` is one run of elements: one row, or neighbouring whole rows."""
+    cut = next((i for i, extent in enumerate(part) if extent > 1), len(part))
+    return tuple(shape[cut + 1 :]) == tuple(part[cut + 1 :])
+
+
+def written(equation: core.JaxprEqn, results: Sequence[Any]) -> list[Any]:
+    """The results, behind a barrier where a kernel could not read them in place."""
+    results = list(results)
+    if not equation.invars or not hasattr(equation.invars[0].aval, "dtype"):
+        return results
+    for i, starts in enumerate(_starts(equation)):
+        aval = equation.invars[0].aval
+        steps = [math.prod(aval.shape[axis + 1 :]) for axis in range(aval.ndim)]
+        offset = sum(at * step for at, step in zip(starts, steps, strict=True))
+        misplaced = offset * aval.dtype.itemsize % _ALIGNED != 0
+        if misplaced and _in_place(aval.shape, equation.outvars[i].aval.shape):
+            results[i] = lax.optimization_barrier(results[i])
+    return results
