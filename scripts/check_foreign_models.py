@@ -182,7 +182,7 @@ def seconds(f: Callable[..., Any], *args: Any, least: float = 0.3) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure(example: Example, repeats: int) -> list[dict[str, Any]]:
+def measure(example: Example, repeats: int, compile_repeats: int) -> list[dict[str, Any]]:
     """Run and compile times of both programs, by batch size."""
     found = []
     for size in example.timed:
@@ -192,7 +192,7 @@ def measure(example: Example, repeats: int) -> list[dict[str, Any]]:
         compiles: dict[str, list[float]] = {kind: [] for kind in KINDS}
         runs: dict[str, list[float]] = {kind: [] for kind in KINDS}
         compiled = {}
-        for _ in range(repeats):
+        for _ in range(compile_repeats):
             for kind in KINDS:
                 jax.clear_caches()
                 start = time.perf_counter()
@@ -232,7 +232,7 @@ def row_of(name: str, size: str, dtype: str, args: argparse.Namespace) -> dict[s
                 row["plain"]["largest_difference_to_alone"] / unit
             )
         if "times" in args.parts:
-            row["times"] = measure(example, args.repeats)
+            row["times"] = measure(example, args.repeats, args.compiles or args.repeats)
     except Exception as error:  # the other rows are worth their time
         row["error"] = f"{type(error).__name__}: {error}"
         if args.stop:
@@ -282,6 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=list(BATCHES))
     parser.add_argument("--draws", type=int, default=2, help="batches of a size")
     parser.add_argument("--repeats", type=int, default=3, help="of a time")
+    parser.add_argument("--compiles", type=int, help="of a compile time, where they are fewer")
     parser.add_argument("--options", type=json.loads, default={}, help="of batch_invariant, JSON")
     parser.add_argument("--stop", action="store_true", help="at the first error, with its trace")
     args = parser.parse_args()

@@ -43,6 +43,8 @@ WIDE = 64
 PACKED_ROWS = 64
 LONG = 1024
 TILE = (64, 256)
+# Rows up to which several products of them are one launch: of more, each fills a GPU by itself.
+TOGETHER = 256
 # Moving an element of an operand costs about as many multiplications.
 _MOVE = 32
 
@@ -254,8 +256,8 @@ def contract_each(
     if jnp.dtype(out).itemsize > dtype.itemsize and is_float(out):
         dtype = jnp.dtype(out)
     if platform == "cuda" and uses_kernel(rules.implementation, dtype, k, leaves):
-        alike = len({y.k_last for y in ys}) == 1
-        families = [ys] if alike else [[y] for y in ys]
+        together = len({y.k_last for y in ys}) == 1 and x.free <= TOGETHER
+        families = [ys] if together else [[y] for y in ys]
         return [made for of in families for made in _by_kernel(x, of, leaves, out)]
     return [_by_dots(x, y, platform, leaves, dtype, out) for y in ys]
 

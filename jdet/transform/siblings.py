@@ -22,7 +22,12 @@ from jdet.transform import dots
 from jdet.transform.fixed import Fixed
 from jdet.transform.rules import Rules
 
+# Products of a launch: each has instructions of its own in the kernel.
+MOST = 4
+
 type Member = tuple[tuple[str, Any], ...]
+
+_BATCHERS: Any = batching.fancy_primitive_batchers
 
 dots_p = core.Primitive("dots")
 dots_p.multiple_results = True
@@ -41,13 +46,13 @@ def families(
     """Of `wanted` dots that can be made at once: all of them, by the place of the first.
 
     They have the same left operand, in the same way, no batch, and right operands that are there
-    when the first is made.
+    when the first is made. No more than `MOST` are together.
     """
     atoms = [atom for equation in equations for atom in equation.invars] + list(outputs)
     reads = Counter(atom for atom in atoms if not isinstance(atom, core.Literal))
     made: dict[Any, int] = {}
     first: dict[Any, int] = {}
-    found: dict[int, list[core.JaxprEqn]] = {}
+    found: dict[int, list[tuple[int, core.JaxprEqn]]] = {}
     for place, equation in enumerate(equations):
         if equation.primitive is lax.dot_general_p and wanted(equation):
             left, right = equation.invars
@@ -55,13 +60,15 @@ def families(
             rest = {k: v for k, v in equation.params.items() if k != "dimension_numbers"}
             literal = any(isinstance(atom, core.Literal) for atom in (left, right))
             if not (literal or batch[0]) and reads[equation.outvars[0]]:
-                kind = left, right.aval.dtype, tuple(contracted[0]), tuple(sorted(rest.items()))
+                aval: Any = right.aval
+                kind = left, aval.dtype, tuple(contracted[0]), tuple(sorted(rest.items()))
                 start = first.setdefault(kind, place)
                 if made.get(right, -1) < start:
-                    found.setdefault(start, []).append(equation)
+                    found.setdefault(start, []).append((place, equation))
         for variable in equation.outvars:
             made[variable] = place
-    return {start: family for start, family in found.items() if len(family) > 1}
+    launches = [dots[i : i + MOST] for dots in found.values() for i in range(0, len(dots), MOST)]
+    return {dots[0][0]: [dot for _, dot in dots] for dots in launches if len(dots) > 1}
 
 
 def _apart(x: Any, *ys: Any, members: Sequence[Member]) -> list[Any]:
@@ -105,14 +112,22 @@ def _transpose(cotangents: Any, *args: Any, members: Sequence[Member]) -> list[A
     return out
 
 
-def _batch(args: Any, dims: Any, *, members: Sequence[Member]) -> tuple[list[Any], list[Any]]:
-    made = jax.vmap(lambda *xs: _apart(*xs, members=members), in_axes=tuple(dims))(*args)
-    return made, [0] * len(made)
+def _batch(
+    data: Any, args: Any, dims: Any, *, members: Sequence[Member]
+) -> tuple[list[Any], list[Any]]:
+    (x, *ys), (dx, *dys) = args, dims
+    made = [
+        (lax.dot_general_p.bind(x, y, **dict(m)), None)
+        if dx is dy is None
+        else _BATCHERS[lax.dot_general_p](data, (x, y), (dx, dy), **dict(m))
+        for y, dy, m in zip(ys, dys, members, strict=True)
+    ]
+    return [out for out, _ in made], [dim for _, dim in made]
 
 
 ad.primitive_jvps[dots_p] = _jvp
 ad.primitive_transposes[dots_p] = _transpose
-batching.primitive_batchers[dots_p] = _batch
+_BATCHERS[dots_p] = _batch
 
 
 def _lower(

@@ -17,18 +17,19 @@ _ALIGNED = 256
 
 def _starts(equation: core.JaxprEqn) -> list[tuple[int, ...]]:
     """Where each result begins in the first operand; [] where that is no static slice."""
-    name, params, rank = equation.primitive.name, equation.params, equation.invars[0].aval.ndim
+    name, params = equation.primitive.name, equation.params
     if name == "slice":
         return [] if params["strides"] else [params["start_indices"]]
     if name == "split":
+        source: Any = equation.invars[0].aval
         axis, begins = params["axis"], [0]
         for size in params["sizes"][:-1]:
             begins.append(begins[-1] + size)
-        return [tuple(at if i == axis else 0 for i in range(rank)) for at in begins]
+        return [tuple(at if i == axis else 0 for i in range(source.ndim)) for at in begins]
     if name == "dynamic_slice":
-        starts = equation.invars[1:]
-        if all(isinstance(start, core.Literal) for start in starts):
-            return [tuple(int(start.val) for start in starts)]
+        starts = [x.val for x in equation.invars[1:] if isinstance(x, core.Literal)]
+        if len(starts) == len(equation.invars) - 1:
+            return [tuple(map(int, starts))]
     return []
 
 
@@ -40,14 +41,13 @@ def _in_place(shape: Sequence[int], part: Sequence[int]) -> bool:
 
 def written(equation: core.JaxprEqn, results: Sequence[Any]) -> list[Any]:
     """The results, behind a barrier where a kernel could not read them in place."""
-    results = list(results)
-    if not equation.invars or not hasattr(equation.invars[0].aval, "dtype"):
-        return results
+    made = list(results)
     for i, starts in enumerate(_starts(equation)):
-        aval = equation.invars[0].aval
-        steps = [math.prod(aval.shape[axis + 1 :]) for axis in range(aval.ndim)]
+        source: Any = equation.invars[0].aval
+        part: Any = equation.outvars[i].aval
+        steps = [math.prod(source.shape[axis + 1 :]) for axis in range(source.ndim)]
         offset = sum(at * step for at, step in zip(starts, steps, strict=True))
-        misplaced = offset * aval.dtype.itemsize % _ALIGNED != 0
-        if misplaced and _in_place(aval.shape, equation.outvars[i].aval.shape):
-            results[i] = lax.optimization_barrier(results[i])
-    return results
+        misplaced = offset * source.dtype.itemsize % _ALIGNED != 0
+        if misplaced and _in_place(source.shape, part.shape):
+            made[i] = lax.optimization_barrier(made[i])
+    return made

@@ -67,19 +67,19 @@ def randomised(weights: Any, dtype: DTypeLike) -> Any:
     A fresh model's zeros (biases, whole layers in some) would hide what those layers compute.
     Floating-point arrays come back in `dtype`.
     """
-    rng = np.random.default_rng(1)
 
-    def one(leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        first = jnp.min(leaf)
-        if first == jnp.max(leaf):
-            fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
-            noise = rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
-            leaf = jax.device_put(np.float32(first) + noise, leaf.sharding)
-        return leaf.astype(dtype)
+    @jax.jit
+    def one(leaf: jax.Array, key: jax.Array) -> jax.Array:
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
+        noise = jax.random.normal(key, leaf.shape, jnp.float32) / jnp.sqrt(jnp.float32(fan_in))
+        constant = jnp.min(leaf) == jnp.max(leaf)
+        return jnp.where(constant, leaf.astype(jnp.float32) + noise, leaf).astype(dtype)
 
-    return jax.tree.map(one, weights)
+    leaves, structure = jax.tree.flatten(weights)
+    for i, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaves[i] = one(leaf, jax.random.key(i))
+    return jax.tree.unflatten(structure, leaves)
 
 
 def random_nnx(make: Callable[[], nnx.Module], dtype: DTypeLike) -> tuple[Any, Any]:

@@ -39,10 +39,12 @@ class Steps(NamedTuple):
         config, layers = self.config, range(self.config.num_layers)
         # Each layer has its own part of one draw: billions of normal numbers take minutes.
         shape = (count, self.length + len(layers), config.num_kv_heads, config.head_dim)
-        keys, values = (scale * rng.standard_normal(shape, np.float32) for _ in range(2))
+        keys, values = (
+            (scale * rng.standard_normal(shape, np.float32)).astype(self.dtype) for _ in range(2)
+        )
 
         def parts(drawn: np.ndarray) -> dict[str, np.ndarray]:
-            return {f"layer_{i}": drawn[:, i : i + self.length].copy() for i in layers}
+            return {f"layer_{i}": drawn[:, i : i + self.length] for i in layers}
 
         return {
             "token": rng.integers(0, config.vocab_size - 1, (count, 1), np.int32),
@@ -63,8 +65,8 @@ class Steps(NamedTuple):
 
         def filled(kept: np.ndarray) -> np.ndarray:
             shape = (count, slots - self.length, *kept.shape[2:])
-            both = np.concatenate([kept, rng.standard_normal(shape, np.float32)], 1)
-            return both.astype(self.dtype)
+            garbage = rng.standard_normal(shape, np.float32).astype(self.dtype)
+            return np.concatenate([kept, garbage], 1)
 
         end = np.full((count,), self.length, np.int32)
         return {

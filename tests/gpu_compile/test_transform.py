@@ -9,6 +9,7 @@ import pytest
 
 import jdet
 from jdet.certify.hlo import parse
+from jdet.transform.dots import TOGETHER
 
 
 def attention(q, k, v, w):
@@ -52,6 +53,26 @@ def test_every_product_is_a_kernels(compiled):
     assert opcodes["custom-call"] == 3, opcodes
     assert not {"dot", "convolution", "while"} & set(opcodes)
     assert "triton" not in hlo
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(9, 1), (TOGETHER + 1, 3)])
+def test_projections_are_one_launch_for_few_rows(on_h100, tmp_path, rows, launches):
+    def projections(x, q, k, v):
+        return jnp.einsum("td,dhe->the", x, q), x @ k, x @ v
+
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    example = on_h100((of(rows, 136), of(136, 3, 64), of(136, 72), of(136, 40)))
+    hlo, _ = program_and_ptx(projections, example, tmp_path)
+    assert collections.Counter(i.opcode for i in parse(hlo))["custom-call"] == launches
+
+
+@pytest.mark.parametrize(("begin", "in_place"), [(100, False), (128, True)])
+def test_a_kernel_reads_no_slice_from_between_addresses(on_h100, tmp_path, begin, in_place):
+    """A row is 2,064 bytes; XLA would pass any that begins at a multiple of 64."""
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    example = on_h100((of(9, 1032), of(1000, 1032)))
+    hlo, _ = program_and_ptx(lambda x, w: x @ w[begin : begin + 96].T, example, tmp_path)
+    assert ("dynamic-slice-fusion" in hlo) == in_place
 
 
 def test_instructions_round_one_by_one(compiled):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jdet
+from jdet.transform.siblings import MOST
 
 kernels = functools.partial(jdet.batch_invariant, implementation="mosaic_gpu")
 
@@ -40,6 +41,15 @@ def test_projections_of_one_array_are_made_together(operands):
     # XLA merges its own.
     portable = jax.make_jaxpr(jdet.batch_invariant(projections, implementation="portable"))
     assert "invariant_dots" not in str(portable(*operands))
+
+
+def test_no_more_than_a_few_are_together(operands):
+    x, _, b, _ = operands
+    made = text(lambda x, b: [x @ (i * b) for i in range(2 * MOST + 1)], x, b)
+    assert made.count("invariant_dots") == 0  # each is made when its own matrix is
+    bs = tuple(i * b for i in range(2 * MOST + 1))
+    made = text(lambda x, *bs: [x @ b for b in bs], x, *bs)
+    assert made.count("invariant_dots") == 2 and made.count("invariant_dot_general") == 1
 
 
 @pytest.mark.parametrize(
