@@ -7,25 +7,15 @@ rounding to the result's dtype. Integers are exact in any order.
 
 Schedules:
 
-- CPU, 32 bits or less: one dot for all. XLA:CPU's YNNPACK sums in blocks of K whose length
-  follows from how the right operand [N, K] or [K, N] is packed, and that from K and N: where N is
-  a multiple of `WIDE`, from K alone. It packs [N, K] always, [K, N] where M is some ten times a
-  kernel's height (`PACKED_ROWS`); otherwise the blocks follow M, but see `_unpacked_alike`. So
-  either operand may stand on the right, as it lies in memory, with its other axis padded to
-  `WIDE`; the one that costs less does. The left one has K last, and rows by `padded_rows`.
-  Barriers keep XLA from folding a transposition into the dot where the other layout would not
-  have rows enough. bfloat16 is multiplied as it is, float16 is widened. (The rules of blocks and
-  packing: ynnpack/subgraph/dot.cc, github.com/google/XNNPACK; measured:
-  scripts/bench/results/cpu-dot-rows.json.)
+- CPU, 32 bits or less: one dot for all, see `cpu_dots`.
 - elsewhere: dots of one fixed tile under `lax.map`, so that no library can see the shape.
 - `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`. One call for a
-  batch, y as it lies; of float32, the exact products of its bfloat16 parts.
+  batch, or for several y of few rows (`siblings`), y as it lies; of float32, the exact products of
+  its bfloat16 parts.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +24,15 @@ from jax import Array, lax
 from jax.extend import core
 from jax.typing import DTypeLike
 
-from jdet.pallas_kernels.matmul.portable import MIN_ROWS, padded_rows
 from jdet.pallas_kernels.trees import balanced_sum
+from jdet.transform.cpu_dots import whole
 from jdet.transform.fixed import Fixed, inexact, is_float, narrowed, wide
+from jdet.transform.matrices import Matrix, matrix_of, pad, product, up
 from jdet.transform.rules import Rules
 
-WIDE = 64
-PACKED_ROWS = 64
-LONG = 1024
 TILE = (64, 256)
 # Rows up to which several products of them are one launch: of more, each fills a GPU by itself.
 TOGETHER = 256
-# Moving an element of an operand costs about as many multiplications.
-_MOVE = 32
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 # Presets whose sums are in float32 (or float64) and whose products are exact in it.
@@ -95,123 +81,19 @@ def uses_kernel(implementation: str, dtype: DTypeLike, k: int, leaves: int) -> b
     return implementation == "mosaic_gpu" and dtype == jnp.float32 and aligned
 
 
-class Matrix(NamedTuple):
-    """An operand, [B, F, K] where `k_last`, else [B, K, F]: as it lies in memory."""
-
-    array: Array
-    k_last: bool = True
-
-    @property
-    def free(self) -> int:
-        return self.array.shape[1 if self.k_last else 2]
-
-    def rows(self) -> Array:
-        """[B, F, K]"""
-        return self.array if self.k_last else self.array.swapaxes(1, 2)
-
-    def split(self, leaves: int) -> "list[Matrix]":
-        """In equal parts of K."""
-        parts = jnp.split(self.array, leaves, 2 if self.k_last else 1)
-        return [Matrix(part, self.k_last) for part in parts]
-
-    def map(self, f: Callable[[Array], Array]) -> "Matrix":
-        return Matrix(f(self.array), self.k_last)
-
-
-def _pad(x: Array, extent: int, axis: int = 1) -> Array:
-    """x with zeros up to `extent` along an axis."""
-    missing = extent - x.shape[axis]
-    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths) if missing > 0 else x
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _product(x: Array, y: Array, out: DTypeLike, k_last: bool = True) -> Array:
-    return lax.dot_general(
-        x,
-        y,
-        (((2,), (2 if k_last else 1,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=out,
-    )
-
-
-@functools.cache
-def _unpacked_alike(dtype: DTypeLike) -> bool:
-    """Whether a right operand [K, N] has the bits of a packed one where M would not have it packed.
-
-    From K = `LONG` on, its blocks are those of `WIDE` columns whatever M and N are, and so are
-    the packed one's if a kernel is `WIDE` wide (AVX-512); or it is packed in any case (bfloat16
-    with AMX). One small product tells.
-    """
-    rng = np.random.default_rng(0)
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
-        x, w = (rng.standard_normal((1, n, LONG)).astype(dtype) for n in (MIN_ROWS, WIDE))
-        packed = jax.jit(functools.partial(_product, out=np.float32))(x, w)
-        unpacked = jax.jit(functools.partial(_product, out=np.float32, k_last=False))
-        return bool((packed == unpacked(x, w.swapaxes(1, 2).copy())).all())
-
-
-def _extents(left: Matrix, right: Matrix) -> tuple[int, int]:
-    """The rows and columns of the dot that is made of left x right."""
-    k, dtype = left.array.shape[2 if left.k_last else 1], left.array.dtype
-    rows = padded_rows(left.free, k, dtype)
-    if not right.k_last and not (k >= LONG and _unpacked_alike(dtype)):
-        rows = max(rows, PACKED_ROWS)
-    return rows, _up(right.free, WIDE)
-
-
-def _cost(left: Matrix, right: Matrix) -> int:
-    """Of one column of K, in multiplications."""
-    rows, columns = _extents(left, right)
-    moved = (0 if left.k_last else left.free) + (right.free if columns > right.free else 0)
-    return rows * columns + _MOVE * moved
-
-
-def whole(x: Matrix, y: Matrix, out: DTypeLike) -> Array:
-    """[B, M, K] x [B, N, K] -> [B, M, N] on a CPU, in one dot of padded extents."""
-    if _cost(y, x) < _cost(x, y):
-        return _whole(y, x, out).swapaxes(1, 2)
-    return _whole(x, y, out)
-
-
-def _whole(left: Matrix, right: Matrix, out: DTypeLike) -> Array:
-    rows, columns = _extents(left, right)
-    x = _placed(_pad(left.rows(), rows))
-    y = _placed(_pad(right.array, columns, 1 if right.k_last else 2))
-    made = lax.optimization_barrier(_product(x, y, out, right.k_last))
-    return made[:, : left.free, : right.free]
-
-
-def _placed(x: Array) -> Array:
-    """x as it is written, row by row: XLA may not fold a transposition of it into the dot.
-
-    One axis has one layout; behind it the extents are a view. An array whose axes are sharded
-    explicitly can have no such axis. Written with its own extents first: where XLA:CPU fuses what
-    makes it with the one axis, the loop finds every element's place by divisions.
-    """
-    x = lax.optimization_barrier(x)
-    if any(jax.typeof(x).sharding.spec):
-        return x
-    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
-
-
 def tiled(x: Array, y: Array) -> Array:
     """[B, M, K] x [B, N, K] -> [B, M, N] in dots of one fixed tile under `lax.map`."""
     (b, m, k), n = x.shape, y.shape[1]
     rows, columns = (-(-extent // tile) for extent, tile in zip((m, n), TILE, strict=True))
-    xs = _pad(x, rows * TILE[0]).reshape(b * rows, 1, TILE[0], k)
-    ys = _pad(y, columns * TILE[1]).reshape(b * columns, 1, TILE[1], k)
+    xs = pad(x, rows * TILE[0]).reshape(b * rows, 1, TILE[0], k)
+    ys = pad(y, columns * TILE[1]).reshape(b * columns, 1, TILE[1], k)
 
     def one(i: Array) -> Array:
         batch, place = i // (rows * columns), i % (rows * columns)
         left = lax.dynamic_index_in_dim(xs, batch * rows + place // columns, keepdims=False)
         right = lax.dynamic_index_in_dim(ys, batch * columns + place % columns, keepdims=False)
         left, right = lax.optimization_barrier((left, right))
-        return _product(left, right, x.dtype)[0]
+        return product(left, right, x.dtype)[0]
 
     out = lax.map(one, jnp.arange(b * rows * columns, dtype=jnp.int32))
     out = out.reshape(b, rows, columns, *TILE).transpose(0, 1, 3, 2, 4)
@@ -230,9 +112,9 @@ def _by_kernel(x: Matrix, ys: Sequence[Matrix], leaves: int, out: Any) -> list[A
         return [_by_kernel(y, [x], leaves, out)[0].swapaxes(1, 2) for y in ys]
     if x.array.dtype != ys[0].array.dtype or x.array.dtype not in _HALVES:
         x, *ys = (matrix.map(lambda a: a.astype(jnp.float32)) for matrix in (x, *ys))
-    k_last, extent = ys[0].k_last, _up(x.array.shape[2 if x.k_last else 1], 8)
-    rows = _pad(x.rows(), extent, 2)
-    columns = [_pad(y.array, extent, 2 if k_last else 1) for y in ys]
+    k_last, extent = ys[0].k_last, up(x.array.shape[2 if x.k_last else 1], 8)
+    rows = pad(x.rows(), extent, 2)
+    columns = [pad(y.array, extent, 2 if k_last else 1) for y in ys]
     written = out if is_float(out) and jnp.dtype(out).itemsize in (2, 4) else jnp.float32
     made = matmuls(rows, columns, k_last=k_last, leaves=leaves, out_dtype=written)
     return [narrowed(y, out) for y in made]
@@ -292,18 +174,6 @@ def _parts(x: Matrix, y: Matrix, platform: str | None, leaves: int) -> Array:
     return lax.complex(real, product(jnp.real, jnp.imag) + product(jnp.imag, jnp.real))
 
 
-def _matrix(x: Array, batch: Sequence[int], contracted: Sequence[int]) -> tuple[Matrix, list[int]]:
-    """x as a matrix, and its free axes."""
-    free = [i for i in range(x.ndim) if i not in batch and i not in contracted]
-    k_last = not free or x.ndim - 1 not in free
-    inner = (free, contracted) if k_last else (contracted, free)
-    x = x.transpose(*batch, *inner[0], *inner[1])
-    extents = [math.prod(x.shape[: len(batch)])]
-    extents.append(math.prod(x.shape[len(batch) : len(batch) + len(inner[0])]))
-    extents.append(math.prod(x.shape[len(batch) + len(inner[0]) :]))
-    return Matrix(x.reshape(extents), k_last), free
-
-
 def product_of(
     x: Array, y: Array, platform: str | None, params: dict[str, Any]
 ) -> tuple[Matrix, Matrix, Any, list[int]]:
@@ -320,8 +190,8 @@ def product_of(
         out = aval.dtype
     x, y = prepared(x, y, params["precision"])
     shape = [x.shape[i] for i in batch[0]]
-    left, left_free = _matrix(x, batch[0], contracted[0])
-    right, right_free = _matrix(y, batch[1], contracted[1])
+    left, left_free = matrix_of(x, batch[0], contracted[0])
+    right, right_free = matrix_of(y, batch[1], contracted[1])
     shape += [x.shape[i] for i in left_free] + [y.shape[i] for i in right_free]
     return left, right, out, shape
 

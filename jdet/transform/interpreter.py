@@ -132,7 +132,7 @@ def evaluate(
     copies: dict[Any, Iterator[Any]] = {}
 
     def is_ours(dot: core.JaxprEqn) -> bool:
-        return _choice(dot, run).action == TWIN
+        return _choice(dot, run)[0].action == TWIN
 
     equations, together = read_through(jaxpr, is_ours), {}
     if run.rules.implementation == "mosaic_gpu":
@@ -177,13 +177,15 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _choice(equation: core.JaxprEqn, run: Run) -> Choice:
-    return choose(equation, run.rules, source_of(equation) or run.source)
+def _choice(equation: core.JaxprEqn, run: Run) -> tuple[Choice, str]:
+    """What is done with it, and its line."""
+    own = source_of(equation)  # which takes long: once an equation
+    return choose(equation, run.rules, own or run.source), own
 
 
-def _record(equation: core.JaxprEqn, choice: Choice, run: Run) -> None:
+def _record(equation: core.JaxprEqn, choice: Choice, own: str, run: Run) -> None:
     if not run.quiet:
-        name, own = original(equation.primitive).name, source_of(equation)
+        name = original(equation.primitive).name
         shapes = tuple(str(atom.aval.str_short()) for atom in equation.invars)
         run.entries.append(Entry(name, shapes, choice, own, run.path))
 
@@ -191,7 +193,7 @@ def _record(equation: core.JaxprEqn, choice: Choice, run: Run) -> None:
 def _bind_together(family: list[core.JaxprEqn], args: list[list[Any]], run: Run) -> list[Any]:
     """The results of dots of one left operand."""
     for equation in family:
-        _record(equation, _choice(equation, run), run)
+        _record(equation, *_choice(equation, run), run)
     (x, _), *_ = args
     members = tuple(map(member, family))
     return twin(dots_p).bind(x, *(y for _, y in args), rules=run.rules, members=members)
@@ -200,15 +202,14 @@ def _bind_together(family: list[core.JaxprEqn], args: list[list[Any]], run: Run)
 def _bind(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:
     primitive, name = equation.primitive, equation.primitive.name
     params = equation.params
-    source = source_of(equation) or run.source
-    choice = _choice(equation, run)
+    choice, own = _choice(equation, run)
     if choice.excluded:
         run.used.add(choice.excluded)
     elif name in _INSIDE:
         return _INSIDE[name](equation, args, run, seen)
-    _record(equation, choice, run)
+    _record(equation, choice, own, run)
     if choice.action == REFUSE or (choice.action == WARN and run.strict and not run.quiet):
-        raise NotImplementedError(refusal(equation, choice, source))
+        raise NotImplementedError(refusal(equation, choice, own or run.source))
     if choice.action == TWIN:
         return twin(primitive).bind(*args, rules=run.rules, **params)
     if choice.rule is not None:

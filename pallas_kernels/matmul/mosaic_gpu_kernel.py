@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
 
+from jdet.pallas_kernels.matmul.mosaic_gpu_buffers import (
+    rows_view,
+    store_pairs,
+    store_rows,
+    store_tile,
+    two_views,
+)
 from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
     CHUNK,
     PRODUCER_REGISTERS,
@@ -24,108 +27,6 @@ from jdet.pallas_kernels.matmul.mosaic_gpu_schedules import (
 
 # (gate, up, layout of both in registers, interpret) -> the result, of their dtype.
 Gate = Callable[[jax.Array, jax.Array, Any, bool], jax.Array]
-
-
-def _two_views(shape: tuple[int, ...], dtype: DTypeLike, interpret: bool) -> Any:
-    """A buffer as the copy engine sees it (untiled) and as registers and wgmma do (tiled).
-
-    Interpret mode knows no transforms, and keeps the members of a union apart: there both
-    views are one plain buffer.
-    """
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    width = swizzle // itemsize
-    row = plgpu.SwizzleTransform(swizzle)
-    tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), row))
-    if interpret:
-        return tiled
-    if shape[-1] > width:
-        *lead, rows, cols = shape
-        shape = (*lead, rows // 8, cols // width, 8, width)
-    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(row,)), tiled)
-
-
-def _rows_view(shape: tuple[int, ...], dtype: DTypeLike, interpret: bool) -> Any:
-    """A buffer of which any rows can be copied: the bytes of `_two_views`, in tiles of one row."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    tiles = plgpu.TilingTransform((1, swizzle // itemsize))
-    return plgpu.SMEM(
-        shape, dtype, transforms=() if interpret else (tiles, plgpu.SwizzleTransform(swizzle))
-    )
-
-
-def _put(src: Any, dst: Any, row: jax.Array, col: jax.Array) -> None:
-    """Starts the copy of `src` to `dst` at (row, col); what lies outside of `dst` is dropped."""
-    if len(src.shape) == 2:
-        rows, cols = src.shape
-        plgpu.copy_smem_to_gmem(src, dst.at[pl.ds(row, rows), pl.ds(col, cols)])
-        return
-    down, across, rows, cols = src.shape
-    for i in range(down):
-        for j in range(across):
-            to = dst.at[pl.ds(row + i * rows, rows), pl.ds(col + j * cols, cols)]
-            last = (i, j) == (down - 1, across - 1)
-            plgpu.copy_smem_to_gmem(src.at[i, j], to, commit_group=last)
-
-
-def _put_rows(src: Any, dst: Any, row: jax.Array, col: jax.Array, count: jax.Array) -> None:
-    """Starts the copy of the first `count` rows of `src`, 0 to all, to `dst` at (row, col).
-
-    A copy has a static size: one for each power of two, taken where `count` has that bit. `src`
-    has a power of two of rows.
-    """
-    size, cols = src.shape
-    while size:
-        first = count & -(2 * size)
-
-        @pl.when((count & size) != 0)
-        def _(first=first, size=size):
-            to = dst.at[pl.ds(row + first, size), pl.ds(col, cols)]
-            plgpu.copy_smem_to_gmem(src.at[pl.ds(first, size)], to, commit_group=False)
-
-        size //= 2
-
-
-def _put_pairs(value: jax.Array, dst: Any, to: jax.Array, col: jax.Array, interpret: bool) -> None:
-    """Stores row i of `value` at (to[i], col) of `dst`, where to[i] is no less than 0.
-
-    For at most 8 rows, of which it stores from registers: an instruction takes a pair of
-    neighbours of each, and there is no copy engine to wait for. `dst` has a multiple of 8 columns;
-    what lies outside is dropped.
-    """
-    width, size = dst.shape[1], jnp.dtype(dst.dtype).itemsize
-    if interpret:
-        for i in range(8):
-            for c in range(0, value.shape[1], 8):
-
-                @pl.when((to[i] >= 0) & (col + c < width))
-                def _(i=i, c=c):
-                    dst[to[i], pl.ds(col + c, 8)] = value[i, c : c + 8]
-
-        return
-    layout = plgpu.Layout.WGMMA
-    columns = col + plgpu.broadcasted_iota(jnp.int32, value.shape, 1, layout=layout)
-    to = lax.broadcast_in_dim(to, value.shape, (0,))
-    at = jnp.where((to >= 0) & (columns < width), to * width + columns, -1)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
-    def put(ctx, *operands):
-        del ctx
-        dst, value, at = operands
-        base, word = mgpu_utils.memref_ptr(dst), ir.IntegerType.get_signless(16 * size)
-        code = (
-            "{ .reg .pred p; .reg .b64 a; setp.ge.s32 p, $1, 0;"
-            f" mad.wide.s32 a, $1, {size}, $0; @p st.global.b{16 * size} [a], $2; }}"
-        )
-        # Registers of rows 0 to 7 of a warp's 16 and of rows 8 to 15 take turns.
-        pairs = zip(value.registers.flat[::2], at.registers.flat[::2], strict=True)
-        for pair, index in pairs:
-            first = vector.extract(index, dynamic_position=[], static_position=[0])
-            pair = mgpu_utils.bitcast(pair, word)
-            mgpu_utils.inline_ptx(code, base, first, pair, has_side_effects=True)
-
-    put(dst, value, at)
 
 
 def _window(index: jax.Array, size: int, extent: int) -> jax.Array:
@@ -448,7 +349,7 @@ def kernel(
                 parts = value[:, :out_cols], value[:, cols - out_cols :]
                 value = gate(*parts, plgpu.Layout.WGMMA, interpret)
             n0 = planned(t)[1] + (wg * cols if s.split == "n" else 0)
-            _put_pairs(value, y_gs[0], to, n0, interpret)
+            store_pairs(value, y_gs[0], to, n0, interpret)
 
         def store(t, value):
             m_side = 0 if s.kind == "normal" else 1
@@ -482,7 +383,7 @@ def kernel(
 
                     def put(product, n0, src=y_out.at[wg, i % slots], m_at=m_at, n_at=n_at):
                         y_g = y_gs[product]
-                        _put(src, y_g.at[entry(t)] if batch else y_g, m0 + m_at, n0 + n_at)
+                        store_tile(src, y_g.at[entry(t)] if batch else y_g, m0 + m_at, n0 + n_at)
 
                     for_product(columns, put)
                     continue
@@ -490,7 +391,7 @@ def kernel(
                 left = plan_g[planned(t)[0], 1] - offsets[0] - m_at
                 count = lax.clamp(jnp.int32(0), left, jnp.int32(most))
                 src, n0 = y_out.at[wg, i % slots, pl.ds(0, most)], columns[0][1] + n_at
-                _put_rows(src, y_gs[0], m0 + m_at, n0, count)
+                store_rows(src, y_gs[0], m0 + m_at, n0, count)
                 if not interpret:  # which waits for every copy
                     plgpu.commit_smem_to_gmem_group()
 
@@ -500,7 +401,7 @@ def kernel(
         {}
         if short
         else {
-            "y_s": (_two_views if plan_g is None else _rows_view)(
+            "y_s": (two_views if plan_g is None else rows_view)(
                 (s.wgs, slots, put_rows, put_cols), out_dtype, interpret
             )
         }
@@ -508,8 +409,8 @@ def kernel(
     pl.run_scoped(
         scope,
         **staged,
-        x_s=_two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
-        w_s=_two_views(
+        x_s=two_views((s.stages, chunks, s.bm, CHUNK), x_g.dtype, interpret),
+        w_s=two_views(
             (s.stages, chunks, *((s.bn,) if k_last else (squares, CHUNK)), CHUNK),
             x_g.dtype,
             interpret,

@@ -19,7 +19,7 @@ multiple of 64, the contracted dimension last in the weights or first.
 one array of 1,000,000 (`jnp` is XLA's own function, `jdet` that of pallas_kernels/trees.py).
 
 The schedules of `portable` and of `jdet.batch_invariant` rest on these figures:
-pallas_kernels/matmul/portable.py, pallas_kernels/attention/portable.py, jdet/transform/dots.py.
+pallas_kernels/matmul/portable.py, pallas_kernels/attention/portable.py, jdet/transform/cpu_dots.py.
 """
 
 import argparse
