@@ -130,8 +130,11 @@ def contract_each(
 ) -> list[Array]:
     """`contract` of x with each of `ys`, which have one dtype."""
     b, k = x.array.shape[0], x.array.shape[2 if x.k_last else 1]
-    if 0 in (b, x.free, k, *(y.free for y in ys)):
-        return [jnp.zeros((b, x.free, y.free), out) for y in ys]
+    empty = [0 in (b, x.free, k, y.free) for y in ys]
+    if any(empty):
+        if len(ys) > 1:
+            return [contract(x, y, platform, rules, out) for y in ys]
+        return [jnp.zeros((b, x.free, ys[0].free), out)]
     leaves = rules.leaves if k % rules.leaves == 0 else 1
     dtypes = x.array.dtype, ys[0].array.dtype
     dtype = wide(jnp.promote_types(*dtypes))
@@ -167,11 +170,11 @@ def _parts(x: Matrix, y: Matrix, platform: str | None, leaves: int) -> Array:
     rules = Rules(leaves=leaves)
     dtype = x.array.real.dtype
 
-    def product(f: Callable[[Array], Array], g: Callable[[Array], Array]) -> Array:
+    def part(f: Callable[[Array], Array], g: Callable[[Array], Array]) -> Array:
         return contract(x.map(f), y.map(g), platform, rules, dtype)
 
-    real = product(jnp.real, jnp.real) - product(jnp.imag, jnp.imag)
-    return lax.complex(real, product(jnp.real, jnp.imag) + product(jnp.imag, jnp.real))
+    real = part(jnp.real, jnp.real) - part(jnp.imag, jnp.imag)
+    return lax.complex(real, part(jnp.real, jnp.imag) + part(jnp.imag, jnp.real))
 
 
 def product_of(

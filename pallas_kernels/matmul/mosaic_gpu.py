@@ -251,6 +251,8 @@ def _matmuls(x, ws, bias, *, leaves, out_dtype, k_last, schedule, interpret):
         )
     out = check_result(x, out_dtype)
     if 0 in (*batch, m, *widths):
+        if any(widths) and 0 not in (*batch, m):
+            raise ValueError(f"matmuls: each w must have a column, or none has one, got {widths}")
         return tuple(jnp.zeros((*batch, m, n), out) for n in widths)
     s = schedule or default_schedule(
         m, sum(widths), k, x.dtype, leaves, k_last=k_last, batch=math.prod(batch)

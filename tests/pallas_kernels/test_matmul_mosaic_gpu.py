@@ -79,6 +79,14 @@ def test_several_products_in_one_launch(operands, assert_same_bits, schedule):
         assert_same_bits(y, simulated(x, part, schedule=schedule))
 
 
+def test_one_of_several_without_columns_is_refused(operands):
+    x, w, _ = (jnp.asarray(a) for a in operands(9, 8, 136))
+    with pytest.raises(ValueError, match=r"each w must have a column.*\[0, 8\]"):
+        mosaic_gpu.matmuls(x, [w[:0], w])
+    with pytest.raises(ValueError, match="a matrix or more"):
+        mosaic_gpu.matmuls(x, [])
+
+
 K_FIRST = {
     "normal, two squares": Schedule("normal", 64, 128, stages=2),
     "normal, two consumers over N": Schedule("normal", 64, 128, stages=2, wgs=2, split="n"),

@@ -111,6 +111,13 @@ def test_no_result_waits_for_a_tangent(operands):
     assert len(jax.linearize(tangents, b, c)[0]) == 2
 
 
+def test_a_matrix_without_columns(operands, assert_same_bits):
+    x, _, b, _ = operands
+    empty, made = jax.jit(kernels(lambda x, b: (x @ b[:, :0], x @ b)))(x, b)
+    assert empty.shape == (3, 7, 0)
+    assert_same_bits(made, jax.jit(jdet.batch_invariant(lambda x, b: x @ b))(x, b))
+
+
 def test_a_linear_function_is_transposed(operands, assert_same_bits):
     x, _, b, c = operands
     pair = lambda x: (x @ b, x @ c)  # noqa: E731
