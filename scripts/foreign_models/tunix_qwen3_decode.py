@@ -3,6 +3,7 @@
 tunix's cache has one place to write for the whole batch, so its requests are of one length.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,25 +85,38 @@ class Steps(NamedTuple):
         }
 
 
-def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
+def example(
+    size: str, dtype: DTypeLike, forward_of: Callable[..., Any], steps: int = 1, **options: Any
+) -> Example:
+    """Of `forward_of(structure, config)`, a function of weights and a batch, for so many steps."""
     config, length, timed = config_of(size)
     structure, weights = create(config, dtype)
-    steps = Steps(config, length, jnp.dtype(dtype))
+    forward = forward_of(structure, config)
+    requests = Steps(config, length, jnp.dtype(dtype), steps)
+    return Example(
+        plain=jax.jit(forward),
+        invariant=jax.jit(jdet.batch_invariant(forward, **options)),
+        weights=weights,
+        requests=requests.requests,
+        extremes=requests.extremes,
+        batch=requests.batch,
+        real=lambda logits: logits,
+        pads=(2, 0, 7, 20),
+        timed=TIMED.get(size, timed),
+        about=about(config) | {"cached tokens": length, "steps": steps},
+    )
+
+
+def _forward_of(structure: Any, config: Any) -> Callable[..., jax.Array]:
+    del config
 
     def forward(weights: Any, batch: dict[str, Any]) -> jax.Array:
         model = nnx.merge(structure, weights)
         logits, _ = model(batch["tokens"], batch["positions"], batch["cache"], batch["mask"])
         return logits
 
-    return Example(
-        plain=jax.jit(forward),
-        invariant=jax.jit(jdet.batch_invariant(forward, **options)),
-        weights=weights,
-        requests=steps.requests,
-        extremes=steps.extremes,
-        batch=steps.batch,
-        real=lambda logits: logits,
-        pads=(2, 0, 7, 20),
-        timed=TIMED.get(size, timed),
-        about=about(config) | {"cached tokens": length},
-    )
+    return forward
+
+
+def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
+    return example(size, dtype, _forward_of, **options)

@@ -4,6 +4,7 @@ A loop on the device with the model's own cache, as tunix's sampler runs it
 (tunix/generate/sampler.py); greedy.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,21 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from foreign_models.example import Example
 from foreign_models.tunix_qwen3 import PACKAGE as PACKAGE
-from foreign_models.tunix_qwen3 import about, config_of, create
-from foreign_models.tunix_qwen3_decode import TIMED, Steps
+from foreign_models.tunix_qwen3_decode import example
 from jax import lax
 from jax.typing import DTypeLike
-
-import jdet
 
 STEPS = 16
 
 
-def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
-    config, length, timed = config_of(size)
-    structure, weights = create(config, dtype)
-    steps = Steps(config, length, jnp.dtype(dtype), STEPS)
-
+def _forward_of(structure: Any, config: Any) -> Callable[..., jax.Array]:
     def forward(weights: Any, batch: dict[str, Any]) -> jax.Array:
         """The logits of every step, [B, STEPS, V]."""
         model = nnx.merge(structure, weights)
@@ -43,15 +37,8 @@ def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
         carried = batch["tokens"], batch["positions"], batch["cache"], made
         return lax.fori_loop(0, STEPS, step, carried)[3]
 
-    return Example(
-        plain=jax.jit(forward),
-        invariant=jax.jit(jdet.batch_invariant(forward, **options)),
-        weights=weights,
-        requests=steps.requests,
-        extremes=steps.extremes,
-        batch=steps.batch,
-        real=lambda logits: logits,
-        pads=(2, 0, 7, 20),
-        timed=TIMED.get(size, timed),
-        about=about(config) | {"cached tokens": length, "steps": STEPS},
-    )
+    return forward
+
+
+def build(size: str, dtype: DTypeLike, **options: Any) -> Example:
+    return example(size, dtype, _forward_of, STEPS, **options)
