@@ -10,8 +10,8 @@ Schedules:
 - CPU, 32 bits or less: one dot for all, see `cpu_dots`.
 - elsewhere: dots of one fixed tile under `lax.map`, so that no library can see the shape.
 - `mosaic_gpu`: the project's kernel, by dtype and K alone; see `uses_kernel`. One call for a
-  batch, or for several y of few rows (`siblings`), y as it lies; of float32, the exact products of
-  its bfloat16 parts.
+  batch, or for several y of few rows (`merged_dots`), y as it lies; of float32, the exact products
+  of its bfloat16 parts.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +31,9 @@ from jdet.transform.matrices import Matrix, matrix_of, pad, product, up
 from jdet.transform.rules import Rules
 
 TILE = (64, 256)
-# Rows up to which several products of them are one launch: of more, each fills a GPU by itself.
-TOGETHER = 256
+# Rows up to which several products of them are one launch: timed at 1 and 32 only
+# (h200-transform-decode-3.json). Of more the launches stay apart, as they were timed.
+MERGED_ROWS = 256
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 # Presets whose sums are in float32 (or float64) and whose products are exact in it.
@@ -141,9 +142,9 @@ def contract_each(
     if jnp.dtype(out).itemsize > dtype.itemsize and is_float(out):
         dtype = jnp.dtype(out)
     if platform == "cuda" and uses_kernel(rules.implementation, dtype, k, leaves):
-        together = len({y.k_last for y in ys}) == 1 and x.free <= TOGETHER
-        families = [ys] if together else [[y] for y in ys]
-        return [made for of in families for made in _by_kernel(x, of, leaves, out)]
+        merged = len({y.k_last for y in ys}) == 1 and x.free <= MERGED_ROWS
+        launches = [ys] if merged else [[y] for y in ys]
+        return [made for of in launches for made in _by_kernel(x, of, leaves, out)]
     return [_by_dots(x, y, platform, leaves, dtype, out) for y in ys]
 
 

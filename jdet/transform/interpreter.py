@@ -26,11 +26,11 @@ from jdet.compat import (
 from jdet.transform.choices import REFUSE, TWIN, WARN, Choice, choose, refusal
 from jdet.transform.constants import INSIDE, Constants, fenced, seen_inside
 from jdet.transform.fans import fanned, readers
+from jdet.transform.merged_dots import member, mergeable, merged_dots_p
 from jdet.transform.rules import Rules
-from jdet.transform.siblings import dots_p, families, member
 from jdet.transform.transpositions import read_through, written_in_place
 from jdet.transform.twins import Policy, original, twin
-from jdet.transform.views import written
+from jdet.transform.unaligned_slices import written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +134,10 @@ def evaluate(
     def is_ours(dot: core.JaxprEqn) -> bool:
         return _choice(dot, run)[0].action == TWIN
 
-    equations, together = read_through(jaxpr, is_ours), {}
+    equations, merged = read_through(jaxpr, is_ours), {}
     if run.rules.implementation == "mosaic_gpu":
         equations = written_in_place(equations, jaxpr.outvars, is_ours)
-        together = {} if run.quiet else families(equations, jaxpr.outvars, is_ours)
+        merged = {} if run.quiet else mergeable(equations, jaxpr.outvars, is_ours)
     counts = readers(equations, jaxpr.outvars)
 
     def define(variables: Sequence[Any], made: Sequence[Any]) -> None:
@@ -161,10 +161,10 @@ def evaluate(
         if id(equation) in done:
             continue
         with equation_context(equation):
-            if place in together:
-                family = together[place]
+            if place in merged:
+                family = merged[place]
                 done.update(map(id, family))
-                results = _bind_together(family, [[read(a) for a in e.invars] for e in family], run)
+                results = _bind_merged(family, [[read(a) for a in e.invars] for e in family], run)
                 define([variable for e in family for variable in e.outvars], results)
                 continue
             operands = [read(atom) for atom in equation.invars]
@@ -190,13 +190,13 @@ def _record(equation: core.JaxprEqn, choice: Choice, own: str, run: Run) -> None
         run.entries.append(Entry(name, shapes, choice, own, run.path))
 
 
-def _bind_together(family: list[core.JaxprEqn], args: list[list[Any]], run: Run) -> list[Any]:
+def _bind_merged(family: list[core.JaxprEqn], args: list[list[Any]], run: Run) -> list[Any]:
     """The results of dots of one left operand."""
     for equation in family:
         _record(equation, *_choice(equation, run), run)
     (x, _), *_ = args
     members = tuple(map(member, family))
-    return twin(dots_p).bind(x, *(y for _, y in args), rules=run.rules, members=members)
+    return twin(merged_dots_p).bind(x, *(y for _, y in args), rules=run.rules, members=members)
 
 
 def _bind(equation: core.JaxprEqn, args: list[Any], run: Run, seen: Sequence[bool]) -> Any:

@@ -12,10 +12,10 @@ from jdet.transform import (
     dots,
     elementwise,
     harmless,
+    merged_dots,
     ragged,
     reductions,
     scatters,
-    siblings,
     sorts,
     windows,
 )
@@ -24,7 +24,7 @@ from jdet.transform.rules import Rules
 
 FIXED: dict[str, Fixed] = {
     **dots.FIXED,
-    **siblings.FIXED,
+    **merged_dots.FIXED,
     **ragged.FIXED,
     **convolutions.FIXED,
     **reductions.FIXED,

@@ -5,15 +5,14 @@ matrices of their own. Apart, the small ones leave most of a GPU idle, and each 
 host some microseconds. XLA merges its own dots so; a kernel it cannot. The bits are those of the
 dots apart.
 
-`dots` is a primitive with the rules of its dots, one by one. What those make is not merged again: a
-derivative multiplies the same rows by tangents, and no result may wait for those.
+`merged_dots` is a primitive with the rules of its dots, one by one. What those make is not merged
+again: a derivative multiplies the same rows by tangents, and no result may wait for those.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax import Array, lax
 from jax.extend import core
 from jax.interpreters import ad, batching
@@ -29,16 +28,24 @@ type Member = tuple[tuple[str, Any], ...]
 
 _BATCHERS: Any = batching.fancy_primitive_batchers
 
-dots_p = core.Primitive("dots")
-dots_p.multiple_results = True
+
+class MergedDots(core.Primitive):
+    """Bound as itself it is its dots: in the rules that its twin reads."""
+
+    def bind(self, x: Any, *ys: Any, members: Sequence[Member]) -> list[Any]:
+        return [lax.dot_general_p.bind(x, y, **dict(m)) for y, m in zip(ys, members, strict=True)]
+
+
+merged_dots_p = MergedDots("merged_dots")
+merged_dots_p.multiple_results = True
 
 
 def member(dot: core.JaxprEqn) -> Member:
-    """The parameters of a dot, as `dots` carries them."""
+    """The parameters of a dot, as `merged_dots` carries them."""
     return tuple(sorted(dot.params.items()))
 
 
-def families(
+def mergeable(
     equations: Sequence[core.JaxprEqn],
     outputs: Sequence[Any],
     wanted: Callable[[core.JaxprEqn], bool],
@@ -67,20 +74,11 @@ def families(
                     found.setdefault(start, []).append((place, equation))
         for variable in equation.outvars:
             made[variable] = place
-    launches = [dots[i : i + MOST] for dots in found.values() for i in range(0, len(dots), MOST)]
-    return {dots[0][0]: [dot for _, dot in dots] for dots in launches if len(dots) > 1}
+    launches = [of[i : i + MOST] for of in found.values() for i in range(0, len(of), MOST)]
+    return {of[0][0]: [dot for _, dot in of] for of in launches if len(of) > 1}
 
 
-def _apart(x: Any, *ys: Any, members: Sequence[Member]) -> list[Any]:
-    return [lax.dot_general_p.bind(x, y, **dict(m)) for y, m in zip(ys, members, strict=True)]
-
-
-@dots_p.def_impl
-def _impl(x: Array, *ys: Array, members: Sequence[Member]) -> list[Array]:
-    return _apart(x, *ys, members=members)
-
-
-@dots_p.def_abstract_eval
+@merged_dots_p.def_abstract_eval
 def _abstract(x: Any, *ys: Any, members: Sequence[Member]) -> list[Any]:
     return [
         lax.dot_general_p.abstract_eval(x, y, **dict(m))[0]
@@ -93,23 +91,6 @@ def _jvp(primals: Any, tangents: Any, *, members: Sequence[Member]) -> tuple[lis
     rule = ad.primitive_jvps[lax.dot_general_p]
     made = [rule((x, y), (dx, dy), **dict(m)) for y, dy, m in zip(ys, dys, members, strict=True)]
     return [out for out, _ in made], [d for _, d in made]
-
-
-def _transpose(cotangents: Any, *args: Any, members: Sequence[Member]) -> list[Any]:
-    linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
-
-    def bind(*unknown: Any) -> list[Any]:
-        full = list(args)
-        for i, x in zip(linear, unknown, strict=True):
-            full[i] = x
-        return _apart(*full, members=members)
-
-    given = list(map(ad.instantiate_zeros, cotangents))
-    made = jax.linear_transpose(bind, *(args[i].aval for i in linear))(given)
-    out: list[Any] = [None] * len(args)
-    for i, x in zip(linear, made, strict=True):
-        out[i] = x
-    return out
 
 
 def _batch(
@@ -125,9 +106,8 @@ def _batch(
     return [out for out, _ in made], [dim for _, dim in made]
 
 
-ad.primitive_jvps[dots_p] = _jvp
-ad.primitive_transposes[dots_p] = _transpose
-_BATCHERS[dots_p] = _batch
+ad.primitive_jvps[merged_dots_p] = _jvp
+_BATCHERS[merged_dots_p] = _batch
 
 
 def _lower(
@@ -146,4 +126,4 @@ def _lower(
     return [y.reshape(shape) for y, (_, _, _, shape) in zip(made, products, strict=True)]
 
 
-FIXED = {"dots": Fixed(_lower)}
+FIXED = {merged_dots_p.name: Fixed(_lower)}

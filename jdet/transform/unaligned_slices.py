@@ -1,8 +1,9 @@
 """Slices that XLA would have a kernel read in place, at an address that the kernel refuses.
 
-XLA:GPU gives a custom call a static slice of whole rows as it lies, if it begins at a multiple of
-64 bytes of its array; a Mosaic GPU kernel takes multiples of 256, and ends with "Input buffer 1 is
-not 256-byte aligned". Behind a barrier the slice is written by itself first.
+XLA:GPU gives a custom call a static slice of whole rows as it lies (one that begins 206,400 bytes
+behind its array's begin, but not one at 2,064); a Mosaic GPU kernel takes multiples of 256, and can
+end with "Input buffer 2 is not 256-byte aligned" (h200-check-matmul-several.json). Behind a barrier
+the slice is written by itself first.
 """
 
 import math

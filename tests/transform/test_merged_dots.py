@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jdet
-from jdet.transform.siblings import MOST
+from jdet.transform.merged_dots import MOST
 
 kernels = functools.partial(jdet.batch_invariant, implementation="mosaic_gpu")
 
@@ -37,19 +37,19 @@ def loss(*args):
 
 def test_projections_of_one_array_are_made_together(operands):
     made = text(projections, *operands)
-    assert made.count("invariant_dots") == 1 and "invariant_dot_general" not in made
+    assert made.count("invariant_merged_dots") == 1 and "invariant_dot_general" not in made
     # XLA merges its own.
     portable = jax.make_jaxpr(jdet.batch_invariant(projections, implementation="portable"))
-    assert "invariant_dots" not in str(portable(*operands))
+    assert "invariant_merged_dots" not in str(portable(*operands))
 
 
 def test_no_more_than_a_few_are_together(operands):
     x, _, b, _ = operands
     made = text(lambda x, b: [x @ (i * b) for i in range(2 * MOST + 1)], x, b)
-    assert made.count("invariant_dots") == 0  # each is made when its own matrix is
+    assert made.count("invariant_merged_dots") == 0  # each is made when its own matrix is
     bs = tuple(i * b for i in range(2 * MOST + 1))
     made = text(lambda x, *bs: [x @ b for b in bs], x, *bs)
-    assert made.count("invariant_dots") == 2 and made.count("invariant_dot_general") == 1
+    assert made.count("invariant_merged_dots") == 2 and made.count("invariant_dot_general") == 1
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_no_more_than_a_few_are_together(operands):
     ],
 )
 def test_others_are_not(operands, f):
-    assert "invariant_dots" not in text(f, *operands)
+    assert "invariant_merged_dots" not in text(f, *operands)
 
 
 def test_each_is_listed_with_its_line(operands):
@@ -86,28 +86,21 @@ def test_bits_and_derivatives_are_those_of_the_dots_apart(operands, assert_same_
             *operands[:2], jnp.stack([operands[2], operands[3][:, :5]], -1), operands[3]
         )
 
-    kinds = [
-        list(
-            results(
-                *(
-                    functools.partial(jdet.batch_invariant, implementation=i)(f)
-                    for f in (projections, loss)
-                )
-            )
-        )
-        for i in ("portable", "mosaic_gpu")
-    ]
-    for apart, together in zip(*kinds, strict=True):
+    def of(implementation):
+        kind = functools.partial(jdet.batch_invariant, implementation=implementation)
+        return list(results(kind(projections), kind(loss)))
+
+    for apart, together in zip(of("portable"), of("mosaic_gpu"), strict=True):
         assert_same_bits(together, apart)
 
 
 def test_no_result_waits_for_a_tangent(operands):
     x, _, b, c = operands
     primal, linear = jax.linearize(lambda x: kernels(projections)(x, *operands[1:]), x)
-    assert len(primal) == 3 and "invariant_dots" not in str(jax.make_jaxpr(linear)(x))
+    assert len(primal) == 3 and "invariant_merged_dots" not in str(jax.make_jaxpr(linear)(x))
     # Tangents are multiplied by the same x.
     tangents = kernels(lambda b, c: jax.jvp(lambda b, c: (x @ b, x @ c), (b, c), (b, c)))
-    assert str(jax.make_jaxpr(tangents)(b, c)).count("invariant_dots") == 1
+    assert str(jax.make_jaxpr(tangents)(b, c)).count("invariant_merged_dots") == 1
     assert len(jax.linearize(tangents, b, c)[0]) == 2
 
 
