@@ -14,7 +14,8 @@ the row proves nothing.
 
 The difference between the two is given in units of the dtype's rounding of the largest output;
 beside it the plain model's own, between batch sizes. Times are medians of alternate runs of the
-two, and compile times of alternate compiles, tracing included, each from empty caches.
+two, and compile times of alternate compiles, tracing included, each from empty caches; what a
+process pays once (importing Pallas above all) is in `warm_up_seconds` in their place.
 
 Exit status 1 if an invariant row moved, if no plain row of any model did, or if a model failed.
 """
@@ -22,6 +23,7 @@ Exit status 1 if an invariant row moved, if no plain row of any model did, or if
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import statistics
 import sys
@@ -39,6 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 from foreign_models.example import Example
 from timing import environment  # pyright: ignore[reportMissingImports]
+
+import jdet
 
 MODELS = sorted(
     path.stem
@@ -182,31 +186,55 @@ def seconds(f: Callable[..., Any], *args: Any, least: float = 0.3) -> float:
     return (time.perf_counter() - start) / count
 
 
+def warm_up() -> float:
+    """The time of a first small program of each kind."""
+    start = time.perf_counter()
+    x = jnp.ones((8, 128), jnp.bfloat16)
+
+    def f(x: jax.Array) -> jax.Array:
+        return jnp.sum(x @ x.T, -1)
+
+    jax.block_until_ready([jax.jit(g)(x) for g in (f, jdet.batch_invariant(f))])
+    return time.perf_counter() - start
+
+
+def compiled_in_parts(program: Any, *args: Any) -> tuple[Any, list[float]]:
+    """A compiled program, and the seconds of tracing, of lowering and of XLA."""
+    times = [time.perf_counter()]
+    for step in (lambda p: p.trace(*args), lambda p: p.lower(), lambda p: p.compile()):
+        program = step(program)
+        times.append(time.perf_counter())
+    return program, [b - a for a, b in itertools.pairwise(times)]
+
+
 def measure(example: Example, repeats: int, compile_repeats: int) -> list[dict[str, Any]]:
     """Run and compile times of both programs, by batch size."""
     found = []
+    once = warm_up()
     for size in example.timed:
         rng = np.random.default_rng(2)
         batch = example.batch(example.requests(rng, size), example.pads[0], rng)
         batch = jax.device_put(batch) if not isinstance(batch, jax.Array) else batch
-        compiles: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        parts: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
         runs: dict[str, list[float]] = {kind: [] for kind in KINDS}
         compiled = {}
         for _ in range(compile_repeats):
             for kind in KINDS:
                 jax.clear_caches()
-                start = time.perf_counter()
-                compiled[kind] = getattr(example, kind).lower(example.weights, batch).compile()
-                compiles[kind].append(time.perf_counter() - start)
+                program = getattr(example, kind)
+                compiled[kind], seconds_of = compiled_in_parts(program, example.weights, batch)
+                parts[kind].append(seconds_of)
         for _ in range(repeats):
             for kind in KINDS:
                 runs[kind].append(seconds(compiled[kind], example.weights, batch))
+        compiles = {kind: [sum(of) for of in parts[kind]] for kind in KINDS}
         middle = {
             name: {kind: statistics.median(values[kind]) for kind in KINDS}
             for name, values in (("run", runs), ("compile", compiles))
         }
         found.append(
             {"batch": size, "run_seconds": runs, "compile_seconds": compiles}
+            | {"trace_lower_compile_seconds": parts, "warm_up_seconds": once}
             | {
                 f"{name}_ratio": values["invariant"] / values["plain"]
                 for name, values in middle.items()

@@ -13,7 +13,7 @@ Section matmul, on fixed inputs (normal, from a seed):
 - control: plain XLA over the same M must show more than one bit pattern in row 0.
 
 Section matmul_k_first does the first two with w [K, N], against the same reference, which has
-w [N, K]. Section matmul_batch, in both layouts, gives each entry of a batch other rows and the
+w [N, K], its K continued by zeros to a multiple of 8. Section matmul_batch, in both layouts, gives each entry of a batch other rows and the
 same w. Section matmul_several, in both layouts, cuts w in several, and multiplies x by all of
 them in one launch. Section matmul_float32 is section matmul with float32 operands, in both layouts.
 
@@ -47,6 +47,7 @@ SOME_M = (1, 9, 17, 65, 129, 257, 1000, TOP)
 REAL_M = (1, 2, 7, 8, 9, 16, 31, 32, 64, 65, 128, 129, 256, 257, 512, 1000, TOP)
 RAGGED = (1000, 1088)  # N no multiple of a tile; K / leaves ends in a tail for 2 and 8 leaves
 TAIL = (1000, 1032)  # K tail of 8 without leaves
+UNEVEN = (1000, 1039)  # K no multiple of 8, as only a w [K, N] may have it
 NARROW = (300, 192)  # N a multiple of 4, where results of 16 bits want 8
 GATED_TAIL = (2000, 1032)  # half of N no multiple of a tile either
 GATED_M = (1, 7, 8, 9, 17, 63, 64, 65, 129, 257, 1000, TOP)
@@ -163,6 +164,7 @@ def _reference(job):
     if key not in _CACHE:
         first = mosaic_gpu.schedules(TOP, n, k, dtype, job["leaves"])[0]
         plain = {**job, "op": "matmul", "k_last": True, "batch": 1, "cuts": ()}
+        x, w = (jnp.pad(a, ((0, 0), (0, -k % 8))) for a in (x, w))
         y = _op(plain, first)(x, w, b if job["bias"] else None)
         if job["op"] == "gated_matmul":
             y = jax.jit(lambda y: _gate(job["activation"], *jnp.split(y, 2, axis=1)))(y)
@@ -350,6 +352,10 @@ def k_first_jobs(quick):
             jobs.append(job("schedules", nk, every, leaves, out="float32", schedule=s))
     for s in schedules(TOP, *NARROW, "bfloat16", k_last=False):
         jobs.append(job("schedules", NARROW, (9, 257), out="float32", schedule=s))
+    for s in schedules(TOP, *UNEVEN, "bfloat16", k_last=False)[:: 4 if quick else 1]:
+        jobs.append(job("schedules", UNEVEN, (9, 257), out="float32", schedule=s))
+    for dtype in ("bfloat16", "float32"):
+        jobs.append(job("default", UNEVEN, SOME_M, dtype=dtype, out="float32"))
     if not quick:
         for s in schedules(TOP, *TAIL, "bfloat16", k_last=False):
             jobs.append(job("schedules", TAIL, (9, 257), bias=True, schedule=s))
@@ -374,7 +380,8 @@ def batch_jobs(quick):
             if not quick:
                 for s in schedules(TOP, *nk, "bfloat16", leaves, k_last=k_last):
                     jobs.append(job("schedules", nk, (51, 771), leaves, schedule=s))
-        for nk in ((2048, 128), (128, 2048), (64, 1024)):  # attention's
+        # Attention's; the last a cache of 1039 tokens.
+        for nk in ((2048, 128), (128, 2048), (64, 1024), (128, 1039))[: 3 if k_last else 4]:
             jobs.append(job("default", nk, ms))
     return _longest_first(jobs)
 

@@ -113,9 +113,9 @@ def _by_kernel(x: Matrix, ys: Sequence[Matrix], leaves: int, out: Any) -> list[A
         return [_by_kernel(y, [x], leaves, out)[0].swapaxes(1, 2) for y in ys]
     if x.array.dtype != ys[0].array.dtype or x.array.dtype not in _HALVES:
         x, *ys = (matrix.map(lambda a: a.astype(jnp.float32)) for matrix in (x, *ys))
-    k_last, extent = ys[0].k_last, up(x.array.shape[2 if x.k_last else 1], 8)
-    rows = pad(x.rows(), extent, 2)
-    columns = [pad(y.array, extent, 2 if k_last else 1) for y in ys]
+    k_last, rows, columns = ys[0].k_last, x.rows(), [y.array for y in ys]
+    if k_last:
+        rows, *columns = (pad(a, up(a.shape[2], 8), 2) for a in (rows, *columns))
     written = out if is_float(out) and jnp.dtype(out).itemsize in (2, 4) else jnp.float32
     made = matmuls(rows, columns, k_last=k_last, leaves=leaves, out_dtype=written)
     return [narrowed(y, out) for y in made]

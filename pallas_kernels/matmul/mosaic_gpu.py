@@ -52,8 +52,9 @@ before; what is smaller than a tile, and K, is clipped by the copy engine (zeros
 at the end of each part because x and w are viewed as [rows, leaves, K / leaves]. For that the
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
 of 16 bits (one 128-byte swizzle row) both are the same bytes, so each buffer is a union of
-the two views. K / leaves must be a multiple of 8 (16-byte strides); N that is none is
-computed in a wider y and cut by XLA, from a w [K, N] that XLA has padded.
+the two views. K / leaves must be a multiple of 8 (16-byte strides), but for one leaf of a w
+[K, N]: there XLA continues x by zeros, and the engine w. N that is no multiple of 8 is computed in a
+wider y and cut by XLA, from a w [K, N] that XLA has padded.
 
 Budget: shared memory = stages * bk * (bm + bn) * 2 bytes for the ring, and per consumer one
 or two buffers of 64 rows by up to 128 bytes (normal) or up to 64 rows by 64 results (swapped) for
@@ -105,6 +106,8 @@ def _parts(x: jax.Array) -> jax.Array:
     jax.jit, static_argnames=("leaves", "out_dtype", "s", "gate", "k_last", "interpret")
 )
 def _matmul(x, ws, bias, *, leaves, out_dtype, s, gate, k_last, interpret):
+    if rest := -x.shape[-1] % 8:  # of a w [K, N], whose rows beyond K the copy engine makes zeros
+        x = jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (0, rest)))
     *batch, m, k = x.shape
     lead, cut = (*batch,), (leaves, k // leaves)
     widths = [w.shape[-2 if k_last else -1] // (1 if gate is None else 2) for w in ws]
@@ -176,9 +179,10 @@ def check_operands(
     if x.dtype not in dtypes:
         names = " or ".join(d.name for d in dtypes)
         raise NotImplementedError(f"mosaic_gpu multiplies {names}, got {x.dtype}")
-    if k == 0 or (k // leaves) % 8:
+    if k == 0 or ((k // leaves) % 8 and (k_last or leaves > 1)):
         raise NotImplementedError(
-            f"mosaic_gpu matmul needs K / leaves in multiples of 8, got {k} / {leaves}"
+            "mosaic_gpu matmul needs K / leaves in multiples of 8, or one leaf of a w [K, N], got "
+            f"{k} / {leaves} of {form}"
         )
 
 

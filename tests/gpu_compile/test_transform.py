@@ -78,6 +78,16 @@ def test_a_kernel_reads_no_slice_from_between_addresses(on_h100, tmp_path, begin
     assert "dynamic-slice-fusion" in (control.lower(*example).compile().as_text() or "")
 
 
+def test_a_cache_of_any_length_is_read_as_it_lies(on_h100, tmp_path):
+    def values(weights, v):
+        return jnp.einsum("bgs,bsd->bgd", weights, v)
+
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    hlo, _ = program_and_ptx(values, on_h100((of(3, 4, 1039), of(3, 1039, 64))), tmp_path)
+    # Of the left operand, whose rows must be multiples of 16 bytes.
+    assert {i.shape for i in parse(hlo) if i.opcode == "pad"} == {(3, 4, 1040)}
+
+
 def test_instructions_round_one_by_one(compiled):
     """No product is joined with a sum (`alone` relies on it); maxima are max.NaN (reductions)."""
     _, ptx = compiled

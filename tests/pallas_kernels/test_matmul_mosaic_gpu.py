@@ -115,6 +115,16 @@ def test_weights_as_models_hold_them_of_any_width(operands, assert_same_bits):
     assert_same_bits(y, simulated(x, w))
 
 
+@pytest.mark.parametrize("schedule", K_FIRST.values(), ids=K_FIRST)
+def test_weights_as_models_hold_them_of_any_k(operands, assert_same_bits, schedule):
+    x, w, _ = (jnp.round(8 * a) for a in operands(9, 136, 131))
+    fixed = {"out_dtype": jnp.float32, "schedule": schedule}
+    y = simulated(x, np.ascontiguousarray(w.T), k_last=False, **fixed)
+    assert_right(y, x, w, None)
+    wide = (jnp.pad(a, ((0, 0), (0, 5))) for a in (x, w))
+    assert_same_bits(y, simulated(*wide, **fixed))
+
+
 PAIRS = K_FIRST["normal, two consumers over M, pairs"]
 
 
@@ -283,7 +293,8 @@ def test_impossible_schedules_are_refused(fields, message):
         ((2, 2, 64), (3, 8, 64), {}, ValueError, "must share K"),
         ((2, 64), (8, 64), {"leaves": 3}, ValueError, "power of two"),
         ((2, 64), (8, 64), {"leaves": 16}, NotImplementedError, "multiples of 8"),
-        ((2, 60), (8, 60), {}, NotImplementedError, "multiples of 8"),
+        ((2, 60), (8, 60), {}, NotImplementedError, r"one leaf of a w .K, N., got 60 / 1 of .N, K."),
+        ((2, 120), (120, 8), {"k_last": False, "leaves": 2}, NotImplementedError, "120 / 2 of .K, N."),
         ((2, 64), (8, 64), {"out_dtype": jnp.int8}, NotImplementedError, "cannot write"),
         ((2, 64), (8, 64), {"bias": np.ones((4,), np.float32)}, ValueError, "bias must have shape"),
     ],
