@@ -13,9 +13,10 @@ Section matmul, on fixed inputs (normal, from a seed):
 - control: plain XLA over the same M must show more than one bit pattern in row 0.
 
 Section matmul_k_first does the first two with w [K, N], against the same reference, which has
-w [N, K], its K continued by zeros to a multiple of 8. Section matmul_batch, in both layouts, gives each entry of a batch other rows and the
-same w. Section matmul_several, in both layouts, cuts w in several, and multiplies x by all of
-them in one launch. Section matmul_float32 is section matmul with float32 operands, in both layouts.
+w [N, K], its K continued by zeros to a multiple of 8. Section matmul_batch, in both layouts, gives
+each entry of a batch other rows and the same w. Section matmul_several, in both layouts, cuts w in
+several, and multiplies x by all of them in one launch. Section matmul_float32 is section matmul
+with float32 operands, in both layouts.
 
 Section gated_matmul does the same, w being gate and up. Its reference is made of two kernels:
 the matmul under its reference schedule, and the gate's instructions on what that returns. And:

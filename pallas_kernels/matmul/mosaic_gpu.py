@@ -53,8 +53,8 @@ at the end of each part because x and w are viewed as [rows, leaves, K / leaves]
 engine has to see an untiled buffer, while wgmma has to see tiles of 8 rows; with 64 columns
 of 16 bits (one 128-byte swizzle row) both are the same bytes, so each buffer is a union of
 the two views. K / leaves must be a multiple of 8 (16-byte strides), but for one leaf of a w
-[K, N]: there XLA continues x by zeros, and the engine w. N that is no multiple of 8 is computed in a
-wider y and cut by XLA, from a w [K, N] that XLA has padded.
+[K, N]: there XLA continues x by zeros, and the engine w. N that is no multiple of 8 is computed
+in a wider y and cut by XLA, from a w [K, N] that XLA has padded.
 
 Budget: shared memory = stages * bk * (bm + bn) * 2 bytes for the ring, and per consumer one
 or two buffers of 64 rows by up to 128 bytes (normal) or up to 64 rows by 64 results (swapped) for

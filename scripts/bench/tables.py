@@ -177,6 +177,25 @@ def cards() -> str:
     return _table(["", "hashed on both", "equal"], lines)
 
 
+def transform() -> str:
+    """A model as published and under `jdet.batch_invariant`, on an H200."""
+    whats = {
+        "tunix_qwen3": "{} prompts of 1021 tokens",
+        "tunix_qwen3_decode": "a decode step behind 1021 tokens, batch {}",
+        "tunix_qwen3_steps": "a loop of 16 steps in one program, batch {}",
+    }
+    lines = [
+        [
+            whats[row["model"]].format(at["batch"]),
+            f"{at['run_ratio']:.2f}",
+            f"{at['compile_ratio']:.2f}",
+        ]
+        for row in _load("h200-foreign-models-times.json")["rows"]
+        for at in row["times"]
+    ]
+    return _table(["", "to run", "to compile"], lines)
+
+
 def tables() -> dict[str, str]:
     """Every table by its name in the pages."""
     return {
@@ -192,6 +211,7 @@ def tables() -> dict[str, str]:
         "mixture": model("h200-qwen3-30b-a3b-5.json"),
         "engine": engine(),
         "grouped": grouped(),
+        "transform-h200": transform(),
     }
 
 
