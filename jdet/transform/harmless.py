@@ -44,7 +44,7 @@ ROUNDED = SERIES | frozenset(
 # What ends in a product, or may. LLVM contracts a product into a sum that follows (an FMA, one
 # rounding for two), and whether it does, or which of two products it takes, depends on what else
 # the fusion holds.
-PRODUCTS = SERIES | frozenset("mul square integer_pow".split())
+PRODUCTS = SERIES | frozenset("mul square integer_pow one_minus_square".split())
 
 # What a Hopper card computes in 16 bits, by one correctly rounded (or exact) instruction.
 INSTRUCTIONS = frozenset("add add_any add_jaxvals sub mul max min select_n".split())

@@ -27,7 +27,9 @@ from jdet.pallas_kernels.matmul.portable import padded_rows
 from jdet.pallas_kernels.trees import exp, tanh, tree_sum
 
 QUERY_TILE = 16
-_PLAIN_DIMS = (8, 16, 64, 128)
+# In float32, and float16, which XLA:CPU widens: the longest split, by head dim, whose product with
+# values as they lie has one order (scripts/bench/results/cpu-attention-dots-2.json).
+_AS_THEY_LIE = {64: 1 << 31, 128: 256}
 
 # Running maximum, sum and weighted values of a set of query rows.
 type Partial = tuple[Float32[Array, "B N R"], Float32[Array, "B N R"], Float32[Array, "B N R D"]]
@@ -48,12 +50,11 @@ def _batched_dot(
 def _weigh(p: Float[Array, "B N R S"], v: Float[Array, "B N S D"]) -> Float32[Array, "B N R D"]:
     """p @ v over the keys, ascending.
 
-    In float32 XLA:CPU sums it in another order from 63 rows on, but at the head dims of
-    `_PLAIN_DIMS` (scripts/bench/results/cpu-attention-dots.json). At the others V is first laid
-    out as the keys of the scores are, which has one order for any number of rows; at those dims
-    that order is the same one.
+    From some number of rows on, 20 to 84, XLA:CPU sums it in another order, but in bfloat16 and up
+    to the splits of `_AS_THEY_LIE`. Elsewhere V is first laid out as the keys of the scores are,
+    which has one order for any number of rows; where both do, it is the same one.
     """
-    if v.dtype != jnp.float32 or v.shape[-1] in _PLAIN_DIMS:
+    if v.dtype == jnp.bfloat16 or v.shape[2] <= _AS_THEY_LIE.get(v.shape[3], 0):
         return _batched_dot(p, v, 2)
     # Without the barrier XLA folds the transposition back into the product.
     return _batched_dot(p, lax.optimization_barrier(v.swapaxes(2, 3)), 3)

@@ -7,8 +7,8 @@ agree, bit for bit, in the rows they have in common: "1 | 2-256" means that one 
 bits of its own and that the others do not see how many they are. Weights [N, K] have the
 contracted dimension last, as checkpoints store them; [K, N] are their transpose.
 
-`attention`: the same for the product of weights [M, 256] and values [256, D], the values as
-they lie in the cache or laid out anew as [D, 256], and whether both have the same bits at M = 256.
+`attention`: the same for the product of weights [M, S] and values [S, D], the values as
+they lie in the cache or laid out anew as [D, S], and whether both have the same bits at M = 256.
 
 `rows`: the M at which some row has other bits than the same row of 600 with weights [N, K]; N is a
 multiple of 64, the contracted dimension last in the weights or first.
@@ -23,6 +23,7 @@ pallas_kernels/matmul/portable.py, pallas_kernels/attention/portable.py, jdet/tr
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -50,6 +51,7 @@ SHAPES = {
     "4096x1024": (4096, 1024),
 }
 HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 256)
+SPLITS = (16, 256, 512, 1024)
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1000)
 ELEMENTS = 1_000_000
 ARRAYS = 2000
@@ -149,26 +151,26 @@ def rms_norm(x):
 
 
 def attention_rows() -> Iterable[dict[str, Any]]:
-    """The product of attention's weights and values, by head dim."""
+    """The product of attention's weights and values, by the split's keys and the head dim."""
     rng = np.random.default_rng(0)
-    weights = rng.standard_normal((1, 1, max(MS), 256), np.float32)
 
     def dot(contract: int) -> Callable[..., Any]:
         dims = (((3,), (contract,)), ((0, 1), (0, 1)))
         return jax.jit(lambda p, v: lax.dot_general(p, v, dims, preferred_element_type="float32"))
 
-    for dtype in ("float32", "bfloat16"):
-        p = weights.astype(dtype)
+    for dtype, keys in itertools.product(("float32", "float16", "bfloat16"), SPLITS):
+        p = rng.standard_normal((1, 1, max(MS), keys), np.float32).astype(dtype)
         for dim in HEAD_DIMS:
-            v = rng.standard_normal((1, 1, 256, dim), np.float32).astype(dtype)
-            forms = {"as they lie": (dot(2), v), "[D, 256]": (dot(3), v.swapaxes(2, 3).copy())}
+            v = rng.standard_normal((1, 1, keys, dim), np.float32).astype(dtype)
+            forms = {"as they lie": (dot(2), v), "[D, S]": (dot(3), v.swapaxes(2, 3).copy())}
             found = {
                 name: ranges(classes(lambda x, f=f, v=v: f(x[None, None], v)[0, 0], p[0, 0]))
                 for name, (f, v) in forms.items()
             }
             first, second = (bits(f(p, v)) for f, v in forms.values())
             same = bool((first == second).all())
-            yield {"head_dim": dim, "dtype": dtype, "classes": found, "same bits": same}
+            row = {"keys": keys, "head_dim": dim, "dtype": dtype}
+            yield {**row, "classes": found, "same bits": same}
 
 
 def reduction_rows() -> Iterable[dict[str, Any]]:

@@ -94,13 +94,25 @@ def test_chunk_that_starts_inside_a_split_of_256(
         assert_same_bits(out, prefill[:, chunk], str(chunk))
 
 
-@pytest.mark.parametrize("dim", [16, 24, 32, 48, 80, 96, 256])
-def test_every_head_dim(attend, request_of, dim, assert_same_bits):
+@pytest.mark.parametrize(
+    ("dim", "of"),
+    [*((dim, np.float32) for dim in (16, 24, 32, 48, 80, 96, 256)), (24, np.float16)],
+)
+def test_every_head_dim(attend, request_of, dim, of, assert_same_bits):
     """XLA:CPU's product with values as they lie changes with the number of rows at most dims."""
-    q, k, v = request_of(0, (2, 1, dim), 96, 96, np.float32)
+    q, k, v = request_of(0, (2, 1, dim), 96, 96, of)
     prefill = attend("portable", q, k, v, range(96), 16)
     for chunk in (slice(90, 91), slice(10, 14), slice(0, 40), slice(0, 65)):
         out = attend("portable", q[:, chunk], k, v, range(96)[chunk], 16)
+        assert_same_bits(out, prefill[:, chunk], str(chunk))
+
+
+def test_a_split_of_512(attend, request_of, assert_same_bits):
+    """There it changes at 128 columns too, which it does not at 256 keys."""
+    q, k, v = request_of(0, (1, 1, 128), 600, 1024, np.float32)
+    prefill = attend("portable", q, k, v, range(600), 512)
+    for chunk in (slice(599, 600), slice(0, 32), slice(500, 565)):
+        out = attend("portable", q[:, chunk], k, v, range(600)[chunk], 512)
         assert_same_bits(out, prefill[:, chunk], str(chunk))
 
 
