@@ -50,9 +50,9 @@ def _batched_dot(
 def _weigh(p: Float[Array, "B N R S"], v: Float[Array, "B N S D"]) -> Float32[Array, "B N R D"]:
     """p @ v over the keys, ascending.
 
-    From some number of rows on, 20 to 84, XLA:CPU sums it in another order, but in bfloat16 and up
-    to the splits of `_AS_THEY_LIE`. Elsewhere V is first laid out as the keys of the scores are,
-    which has one order for any number of rows; where both do, it is the same one.
+    From some number of rows on XLA:CPU sums it in another order, but in bfloat16 and up to the
+    splits of `_AS_THEY_LIE`. Elsewhere V is first laid out as the keys of the scores are, which
+    has one order for any number of rows; where both do, it is the same one.
     """
     if v.dtype == jnp.bfloat16 or v.shape[2] <= _AS_THEY_LIE.get(v.shape[3], 0):
         return _batched_dot(p, v, 2)

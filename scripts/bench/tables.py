@@ -180,13 +180,13 @@ def cards() -> str:
 def transform() -> str:
     """A model as published and under `jdet.batch_invariant`, on an H200."""
     whats = {
-        "tunix_qwen3": "{} prompts of 1021 tokens",
-        "tunix_qwen3_decode": "a decode step behind 1021 tokens, batch {}",
-        "tunix_qwen3_steps": "a loop of 16 steps in one program, batch {}",
+        "tunix_qwen3": "{batch} prompts of {tokens} tokens",
+        "tunix_qwen3_decode": "a decode step behind {cached tokens} tokens, batch {batch}",
+        "tunix_qwen3_steps": "a loop of {steps} steps in one program, batch {batch}",
     }
     lines = [
         [
-            whats[row["model"]].format(at["batch"]),
+            whats[row["model"]].format(batch=at["batch"], **row["config"]),
             f"{at['run_ratio']:.2f}",
             f"{at['compile_ratio']:.2f}",
         ]
